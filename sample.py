@@ -1,0 +1,187 @@
+"""Writes text with a trained model, as it comes.
+
+    python sample.py --prompt "ROMEO:"                                  # the newest checkpoint in out/
+    python sample.py --prompt "Once" --checkpoint best --temperature 0.7 --num_samples 3
+    python sample.py --prompt "Gravity is" --checkpoint HuggingFaceTB/SmolLM2-135M
+    echo "To be" | python sample.py --prompt -                          # the prompt from standard input
+
+The text goes to standard output, all else to standard error. The same seed gives the same text again.
+"""
+import argparse
+import os
+import signal
+import sys
+from contextlib import nullcontext
+from pathlib import Path
+
+
+def fail(message, code=1):
+    print(f"sample.py: {message}", file=sys.stderr)
+    raise SystemExit(code)
+
+
+def number(kind, low, high=float("inf")):
+    """An argparse type: an int or a float from low to high."""
+    def convert(text):
+        value = kind(text)
+        if not low <= value <= high:  # not true of nan, too
+            raise argparse.ArgumentTypeError(f"{text}: must be from {low} to {high}")
+        return value
+    convert.__name__ = kind.__name__
+    return convert
+
+
+def parse_args(argv):
+    parser = argparse.ArgumentParser(prog="sample.py", description=__doc__, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error = lambda message: fail(message, 2)
+    what = parser.add_argument_group("what to continue, and with which model")
+    what.add_argument("--prompt", default="\n", help="text to continue; - reads standard input [a line break]")
+    what.add_argument("--checkpoint", default="out", help="a checkpoint file, an out_dir (its newest), 'best' (the best "
+                      "held-out loss in out/), a folder in Hugging Face's format, or a hub name [out]")
+    how = parser.add_argument_group("how to choose the next token")
+    how.add_argument("--temperature", type=number(float, 0, 1e6), default=0.8, help="below 1 likelier, above 1 wilder "
+                     "tokens; 0: always the likeliest [0.8]")
+    how.add_argument("--top_k", type=number(int, 0, 2**31), default=50, help="among the k likeliest; 0: all [50]")
+    how.add_argument("--top_p", type=number(float, 0, 1), default=1.0, help="among the likeliest that together have this "
+                     "probability [1]")
+    how.add_argument("--repetition_penalty", type=number(float, 1e-6, 1e6), default=1.0, help="above 1: tokens that were "
+                     "there become less likely [1: off]")
+    how.add_argument("--seed", type=number(int, 0, 2**63 - 1), default=1337, help="of the choices [1337]")
+    much = parser.add_argument_group("how much")
+    much.add_argument("--max_new_tokens", type=number(int, 1, 2**31), default=200, help="tokens at most [200]")
+    much.add_argument("--num_samples", type=number(int, 1, 4096), default=1, help="texts, made in one batch [1]")
+    much.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before this text; may be repeated")
+    where = parser.add_argument_group("the machine")
+    where.add_argument("--device", default="auto", help="auto, cpu, cuda, mps [auto]")
+    where.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"), help="[auto: "
+                       "bfloat16 where the machine has it]")
+    args = parser.parse_args(argv)
+    if "" in args.stop:
+        fail("--stop: an empty text would end at once", 2)
+    return args
+
+
+def load(checkpoint, say):
+    """Returns (model, tokenizer) of a checkpoint, a folder or a hub name. Ends the program with one line otherwise."""
+    import torch
+    from transformers import AutoTokenizer
+    from transformers.utils import logging
+
+    from model import SmolLM2, SmolLM2Config, from_pretrained
+    from train import MODEL_KEYS, checkpoints, load_checkpoint
+
+    logging.set_verbosity_error()
+    path = Path(checkpoint if checkpoint != "best" else "out")
+    if path.is_file() or path.is_dir() and checkpoints(path) or checkpoint in ("out", "best"):
+        try:
+            file, state = load_checkpoint(path, say, mmap=True)
+            if state and checkpoint == "best" and state["best"]:
+                file, state = load_checkpoint(path / f"step_{state['best']['step']:06d}.pt", say, mmap=True)
+        except ValueError as e:
+            fail(e)
+        if not state:
+            fail(f"there is no checkpoint in {path}/: python train.py config/smollm2.py makes one")
+        with torch.device("meta"):
+            model = SmolLM2(SmolLM2Config(**{key: state["config"][key] for key in MODEL_KEYS}))
+        model.load_state_dict(state["model"], assign=True)
+        model.lm_head.weight = model.model.embed_tokens.weight
+        say(f"{file}: step {state['step']}")
+        folder = Path(state["config"]["data_dir"], "tokenizer")
+    else:
+        try:
+            model, folder = from_pretrained(checkpoint), checkpoint
+        except ValueError as e:
+            fail(f"--checkpoint: {e}")
+    try:
+        return model, AutoTokenizer.from_pretrained(folder)
+    except Exception as e:
+        fail(f"no tokenizer in {folder}: {str(e).splitlines()[0]}")
+
+
+class Streamer:
+    """Turns the ids of one text, as they come, into pieces of text: whole characters only, and none of a stop text."""
+
+    def __init__(self, tokenizer, prompt, stops):
+        self.decode = lambda ids: tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        self.ids, self.start, self.stops, self.ended = list(prompt), len(self.decode(prompt)), stops, False
+        self.sent = self.start
+
+    def push(self, token, last=False):
+        """Adds a token (None: nothing more comes); returns the text that is now certain."""
+        if token is not None:
+            self.ids.append(token)
+        text = self.decode(self.ids)
+        end = len(text) if last else len(text.rstrip("\ufffd"))  # the bytes of a character still to come
+        found = [i for i in (text.find(stop, self.start) for stop in self.stops) if i >= 0]
+        if found:
+            self.ended, end = True, min(found)
+        elif not last:  # a stop text may have begun
+            end -= max((n for stop in self.stops for n in range(1, len(stop)) if text[:end].endswith(stop[:n])), default=0)
+        piece, self.sent = text[self.sent:end], max(self.sent, end)
+        return piece
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))  # Ctrl-C is how one ends a text one has seen enough of
+    say = lambda text: print(text, file=sys.stderr, flush=True)  # noqa: E731
+    try:
+        prompt = sys.stdin.buffer.read().decode() if args.prompt == "-" else args.prompt
+        prompt.encode()
+    except UnicodeError:
+        fail("--prompt: not UTF-8 text", 2)
+    import torch
+
+    from model import generate
+    from train import native_bf16
+    device = args.device if args.device != "auto" else "cuda" if torch.cuda.is_available() else \
+        "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        device = torch.zeros(1, device=device).device
+    except (RuntimeError, AssertionError) as e:
+        fail(f"--device {device} is not to be had here: {str(e).splitlines()[0]}", 2)
+    has_bf16 = native_bf16() if device.type == "cpu" else device.type == "cuda" and torch.cuda.get_device_capability()[0] >= 8
+    dtype = getattr(torch, args.dtype if args.dtype != "auto" else "bfloat16" if has_bf16 else "float32")
+    model, tokenizer = load(args.checkpoint, say)
+    model = model.to(device, dtype).eval()
+    eos = tokenizer.eos_token_id
+    ids = tokenizer.encode(prompt, add_special_tokens=False) or [eos]
+    generator = torch.Generator(device).manual_seed(args.seed)
+    tokens = generate(model, torch.tensor([ids] * args.num_samples, device=device), args.max_new_tokens,
+                      temperature=args.temperature, top_k=min(args.top_k, model.config.vocab_size), top_p=args.top_p,
+                      repetition_penalty=args.repetition_penalty, generator=generator)
+    streams = [Streamer(tokenizer, ids, args.stop) for _ in range(args.num_samples)]
+    texts = [""] * args.num_samples  # one is printed as it comes, several each when all are done
+    live = args.num_samples == 1
+    sys.stdout.reconfigure(encoding="utf-8", errors="replace")
+    try:
+        if live:
+            print(prompt, end="", flush=True)
+        for step in tokens:
+            for i, (stream, token) in enumerate(zip(streams, step.tolist())):
+                if not stream.ended:
+                    stream.ended = token == eos
+                    texts[i] += (piece := stream.push(None if token == eos else token, last=token == eos))
+                    if live:
+                        print(piece, end="", flush=True)
+            if all(stream.ended for stream in streams):
+                break
+    except ValueError as e:
+        fail(e)
+    for i, stream in enumerate(streams):
+        if not stream.ended:
+            texts[i] += (piece := stream.push(None, last=True))
+            if live:
+                print(piece, end="")
+        if not live:
+            print(f"{f'--- {i + 1}' if i else '--- 1'}\n{prompt}{texts[i]}")
+    if live:
+        print()
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except BrokenPipeError:  # the reader, such as `head`, has seen enough
+        os._exit(0)
