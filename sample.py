@@ -37,8 +37,8 @@ def parse_args(argv):
     parser.error = lambda message: fail(message, 2)
     what = parser.add_argument_group("what to continue, and with which model")
     what.add_argument("--prompt", default="\n", help="text to continue; - reads standard input [a line break]")
-    what.add_argument("--checkpoint", default="out", help="a checkpoint file, an out_dir (its newest), 'best' (the best "
-                      "held-out loss in out/), a folder in Hugging Face's format, or a hub name [out]")
+    what.add_argument("--checkpoint", default="out", help="a checkpoint file, an out_dir (its newest), 'best' or "
+                      "OUT_DIR/best (the lowest held-out loss), a folder in Hugging Face's format, or a hub name [out]")
     how = parser.add_argument_group("how to choose the next token")
     how.add_argument("--temperature", type=number(float, 0, 1e6), default=0.8, help="below 1 likelier, above 1 wilder "
                      "tokens; 0: always the likeliest [0.8]")
@@ -63,7 +63,9 @@ def parse_args(argv):
 
 
 def load(checkpoint, say):
-    """Returns (model, tokenizer) of a checkpoint, a folder or a hub name. Ends the program with one line otherwise."""
+    """Returns (model, tokenizer, state) of a checkpoint, a folder or a hub name. Raises ValueError where there is none.
+
+    state: the checkpoint's dict, with its path as "file"; None for weights in Hugging Face's format."""
     import torch
     from transformers import AutoTokenizer
     from transformers.utils import logging
@@ -72,31 +74,29 @@ def load(checkpoint, say):
     from train import MODEL_KEYS, checkpoints, load_checkpoint
 
     logging.set_verbosity_error()
-    path = Path(checkpoint if checkpoint != "best" else "out")
-    if path.is_file() or path.is_dir() and checkpoints(path) or checkpoint in ("out", "best"):
-        try:
-            file, state = load_checkpoint(path, say, mmap=True)
-            if state and checkpoint == "best" and state["best"]:
-                file, state = load_checkpoint(path / f"step_{state['best']['step']:06d}.pt", say, mmap=True)
-        except ValueError as e:
-            fail(e)
+    path = Path(checkpoint)
+    is_best = path.name == "best" and not path.exists()
+    if is_best:
+        path = path.parent if checkpoint != "best" else Path("out")
+    if path.is_file() or path.is_dir() and checkpoints(path) or checkpoint == "out" or is_best:
+        file, state = load_checkpoint(path, say, mmap=True)
+        if state and is_best and state["best"]:
+            file, state = load_checkpoint(path / f"step_{state['best']['step']:06d}.pt", say, mmap=True)
         if not state:
-            fail(f"there is no checkpoint in {path}/: python train.py config/smollm2.py makes one")
+            raise ValueError(f"there is no checkpoint in {path}/: python train.py config/smollm2.py makes one")
         with torch.device("meta"):
             model = SmolLM2(SmolLM2Config(**{key: state["config"][key] for key in MODEL_KEYS}))
         model.load_state_dict(state["model"], assign=True)
         model.lm_head.weight = model.model.embed_tokens.weight
+        state["file"] = file
         say(f"{file}: step {state['step']}")
         folder = Path(state["config"]["data_dir"], "tokenizer")
     else:
-        try:
-            model, folder = from_pretrained(checkpoint), checkpoint
-        except ValueError as e:
-            fail(f"--checkpoint: {e}")
+        model, folder, state = from_pretrained(checkpoint), checkpoint, None
     try:
-        return model, AutoTokenizer.from_pretrained(folder)
+        return model, AutoTokenizer.from_pretrained(folder), state
     except Exception as e:
-        fail(f"no tokenizer in {folder}: {str(e).splitlines()[0]}")
+        raise ValueError(f"no tokenizer in {folder}: {str(e).splitlines()[0]}") from None
 
 
 class Streamer:
@@ -143,7 +143,10 @@ def main(argv=None):
         fail(f"--device {device} is not to be had here: {str(e).splitlines()[0]}", 2)
     has_bf16 = native_bf16() if device.type == "cpu" else device.type == "cuda" and torch.cuda.get_device_capability()[0] >= 8
     dtype = getattr(torch, args.dtype if args.dtype != "auto" else "bfloat16" if has_bf16 else "float32")
-    model, tokenizer = load(args.checkpoint, say)
+    try:
+        model, tokenizer, _ = load(args.checkpoint, say)
+    except ValueError as e:
+        fail(f"--checkpoint: {e}")
     model = model.to(device, dtype).eval()
     eos = tokenizer.eos_token_id
     ids = tokenizer.encode(prompt, add_special_tokens=False) or [eos]
@@ -175,7 +178,7 @@ def main(argv=None):
             if live:
                 print(piece, end="")
         if not live:
-            print(f"{f'--- {i + 1}' if i else '--- 1'}\n{prompt}{texts[i]}")
+            print(f"--- {i + 1}\n{prompt}{texts[i]}")
     if live:
         print()
 

@@ -50,11 +50,14 @@ class TrainConfig:
     batch_size: int = 4  # sequences in one optimizer step, over all processes
     micro_batch_size: int = 0  # sequences that one process runs at once; fewer take less memory (0: its whole share)
     block_size: int = 256  # tokens in a sequence
-    # --- the optimizer (AdamW)
-    learning_rate: float = 3e-4  # after the warm-up
-    min_lr: float = 3e-5  # at the end of the cosine, and after it
+    # --- the optimizer
+    optimizer: str = "adamw"  # adamw; or muon: Muon for the layers' matrices, AdamW for the embedding and the norms
+    learning_rate: float = 3e-4  # of AdamW, after the warm-up
+    muon_learning_rate: float = 0.02  # of Muon, after the warm-up; it follows the same curve
+    lr_schedule: str = "cosine"  # cosine; or wsd: constant, then linear decay over the last fifth
+    min_lr: float = 3e-5  # at the end of the decay, and after it
     warmup_steps: int = 100  # steps of linear warm-up
-    lr_decay_steps: int = 0  # step at which the cosine ends (0: the max_steps of the run's start)
+    lr_decay_steps: int = 0  # step at which the decay ends (0: the max_steps of the run's start)
     weight_decay: float = 0.1  # on matrices, not on norms
     beta1: float = 0.9  # decay of the gradient's running mean
     beta2: float = 0.95  # decay of its square's running mean
@@ -84,9 +87,11 @@ class TrainConfig:
     initializer_range: float = 576**-0.5  # std of the first weights: 1/24 as published, first loss 11.3 (0.02: 10.95)
 
 
-CHOICES = {"dtype": ("auto", "float32", "bfloat16", "float16")}
+CHOICES = {"dtype": ("auto", "float32", "bfloat16", "float16"), "optimizer": ("adamw", "muon"),
+           "lr_schedule": ("cosine", "wsd")}
 FREE_ON_RESUME = {"out_dir", "max_steps", "log_interval", "eval_interval", "eval_tokens", "sample_interval",
                   "checkpoint_interval", "keep_checkpoints", "device", "dtype", "compile", "deterministic"}
+FIXED_ON_RESUME = [*(f.name for f in fields(SmolLM2Config) if f.name != "initializer_range"), "optimizer"]
 MODEL_KEYS = [f.name for f in fields(SmolLM2Config)]
 MAY_BE_ZERO = {"seed", "micro_batch_size", "min_lr", "warmup_steps", "lr_decay_steps", "weight_decay", "beta1", "beta2",
                "grad_clip", "log_interval", "eval_interval", "sample_interval", "checkpoint_interval", "keep_checkpoints"}
@@ -133,7 +138,8 @@ def read_recipe(path):
         try:
             if isinstance(node, ast.Expr) and isinstance(node.value.value, str):  # a docstring
                 continue
-            key = node.targets[0].id if len(node.targets) == 1 else None
+            (target,) = node.targets
+            key = target.id
             value = ast.literal_eval(node.value)
         except (AttributeError, ValueError, TypeError, SyntaxError, RecursionError, MemoryError):
             usage_error(f"{path}, line {node.lineno}: a recipe holds plain assignments only, like batch_size = 4")
@@ -289,10 +295,6 @@ def set_up_machine(config):
         keep_memory()
     problem = compiler_problem(device) if config.compile else "as asked"
     compiled = "compiled" if problem is None else f"not compiled ({problem})"
-    if config.compile and world_size > 1:  # all the same, or their bits differ
-        votes = [None] * world_size
-        dist.all_gather_object(votes, problem is None)
-        problem = None if all(votes) else problem or "not on every process"
     return Machine(device, getattr(torch, dtype), problem is None, f"{dtype} ({reason}), {compiled}" if reason else
                    f"{dtype}, {compiled}", rank, world_size)
 
@@ -316,6 +318,9 @@ class Data:
     val: np.ndarray
     meta: dict
     folder: Path
+
+    def fingerprint(self):
+        return f"{self.meta['train_sha256'][:12]}+{self.meta['val_sha256'][:12]}"
 
 
 def sha256(path):
@@ -351,7 +356,7 @@ def load_data(config, is_first):
             raise ValueError("; ".join(wrong))
         train, val = (np.memmap(folder / f"{name}.bin", dtype="<u2", mode="r") for name in ("train", "val"))
         largest = max(int(ids[i:i + 2**24].max()) for ids in (train, val) for i in range(0, len(ids), 2**24))
-    except (OSError, ValueError, KeyError, TypeError) as e:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
         sys.exit(f"train.py: {folder} is damaged: {e}; make it again with prepare.py")
     if max(largest + 1, meta["vocab_size"]) > config.vocab_size:
         sys.exit(f"train.py: {folder} has ids up to {max(largest, meta['vocab_size'] - 1)}, but vocab_size = "
@@ -508,35 +513,43 @@ def lock(out_dir):
     return f
 
 
-def check_room(config, n_parameters):
-    """Ends the program where the disk has no room for the checkpoints of the run."""
-    have = shutil.disk_usage(config.out_dir).free + sum(p.stat().st_size for p in checkpoints(config.out_dir))
-    count = (config.keep_checkpoints + 2) if config.checkpoint_interval and config.keep_checkpoints else 2
-    need = count * 12 * n_parameters
-    if have < need:
-        sys.exit(f"train.py: {count} checkpoints (the last {count - 2}, the best, one being written) need {need / 1e9:.1f} "
-                 f"GB, but {config.out_dir} has room for {have / 1e9:.1f}: free some, or use another --out_dir")
-
-
 # ---------------------------------------------------------------------------------------------------- the procedure
 
 
 def learning_rate(config, step):
-    """Of the step after `step` done ones: linear warm-up, cosine down to min_lr at lr_decay_steps, then min_lr."""
+    """Of the step after `step` done ones: linear warm-up, decay down to min_lr at lr_decay_steps, then min_lr."""
     warmup = min(config.warmup_steps, config.lr_decay_steps)
     if step < warmup:
         return config.learning_rate * (step + 1) / warmup
     if step >= config.lr_decay_steps:
         return config.min_lr
-    progress = (step - warmup) / max(1, config.lr_decay_steps - warmup)
-    return config.min_lr + 0.5 * (1 + math.cos(math.pi * progress)) * (config.learning_rate - config.min_lr)
+    if config.lr_schedule == "wsd":
+        part = min(1, 5 * (1 - step / config.lr_decay_steps))
+    else:
+        part = 0.5 * (1 + math.cos(math.pi * (step - warmup) / (config.lr_decay_steps - warmup)))
+    return config.min_lr + part * (config.learning_rate - config.min_lr)
 
 
-def make_optimizer(model, config):
-    params = list(model.parameters())
-    groups = [{"params": [p for p in params if p.dim() >= 2], "weight_decay": config.weight_decay},
-              {"params": [p for p in params if p.dim() < 2], "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=(config.beta1, config.beta2), fused=True)
+def make_optimizers(model, config):
+    """One or two optimizers, by their keys in a checkpoint. Their groups carry `peak`, the rate after the warm-up.
+
+    Muon: Jordan 2024 (kellerjordan.github.io/posts/muon), torch's own: the momentum of a matrix, made orthogonal."""
+    muon = config.optimizer == "muon"
+    hidden = [p for p in model.model.layers.parameters() if p.dim() == 2] if muon else []
+    others = [p for p in model.parameters() if all(p is not h for h in hidden)]
+    groups = [{"params": [p for p in others if p.dim() == 2], "weight_decay": config.weight_decay},
+              {"params": [p for p in others if p.dim() < 2], "weight_decay": 0.0}]
+    betas = (config.beta1, config.beta2)
+    optimizers = {"optimizer": torch.optim.AdamW(groups, config.learning_rate, betas, fused=True)}
+    if muon:
+        optimizers["muon"] = torch.optim.Muon(hidden, config.muon_learning_rate, weight_decay=config.weight_decay)
+    for group in all_groups(optimizers):
+        group["peak"] = group["lr"]
+    return optimizers
+
+
+def all_groups(optimizers):
+    return [group for optimizer in optimizers.values() for group in optimizer.param_groups]
 
 
 @torch.no_grad()
@@ -582,7 +595,7 @@ PEAKS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "L4": 1
 
 
 class Metrics:
-    """metrics.jsonl: one JSON object a line, each written whole and at once."""
+    """metrics.jsonl: one JSON object a line, each written whole and at once; and TensorBoard's events, if installed."""
 
     def __init__(self, path, step):
         """Opens the file for a run at `step`: cuts off what lies beyond, and a line that a kill has torn."""
@@ -597,9 +610,29 @@ class Metrics:
                 break
             end += len(line)
         self.file.truncate(end)
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+            self.events = SummaryWriter(path.parent / "tensorboard", purge_step=step + 1)  # hides what lies beyond
+        except ImportError:
+            self.events = None
 
     def write(self, **values):
         self.file.write(json.dumps(values).encode() + b"\n")
+        if self.events:
+            for key in [key for key, value in values.items() if key != "step" and value is not None]:
+                self.events.add_scalar(key, values[key], values["step"])
+            self.events.flush()
+
+
+def peak_memory(device):
+    """The GB that were held at most so far: on the GPU, or else by this process (None on Windows)."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    try:
+        import resource
+    except ImportError:
+        return None
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
 
 
 class Stop:
@@ -625,7 +658,7 @@ class NotFinite(ArithmeticError):
     """The loss or the gradient is infinite or not a number."""
 
 
-def train_step(net, optimizer, scaler, batch, config, machine, stop):
+def train_step(net, optimizers, scaler, batch, config, machine, stop):
     """One optimizer step on this process's batch; returns its mean loss over all processes and the gradient norm.
 
     Raises NotFinite before anything is changed. (A step that the scaler of fp16 skips is not a failure.)"""
@@ -638,7 +671,8 @@ def train_step(net, optimizer, scaler, batch, config, machine, stop):
                 _, part = net(x, y, logits_to_keep=None)
             scaler.scale(part / len(parts[0])).backward()
         loss += part.detach() / len(parts[0])
-    scaler.unscale_(optimizer)
+    for optimizer in optimizers.values():
+        scaler.unscale_(optimizer)
     norm = torch.nn.utils.clip_grad_norm_(net.parameters(), config.grad_clip or math.inf)
     if machine.world_size > 1:
         shared = torch.stack((loss / machine.world_size, torch.full_like(loss, stop.signum or 0)))
@@ -648,9 +682,10 @@ def train_step(net, optimizer, scaler, batch, config, machine, stop):
     loss, norm = loss.item(), norm.item()
     if not math.isfinite(loss) or not (math.isfinite(norm) or scaler.is_enabled()):
         raise NotFinite(f"the loss is {loss} and the gradient norm {norm}")
-    scaler.step(optimizer)
+    for optimizer in optimizers.values():
+        scaler.step(optimizer)
+        optimizer.zero_grad(set_to_none=True)
     scaler.update()
-    optimizer.zero_grad(set_to_none=True)
     return loss, norm
 
 
@@ -659,32 +694,37 @@ def clock(seconds):
     return f"{minutes // 60}:{minutes % 60:02}:{seconds:02}" if minutes >= 60 else f"{minutes}:{seconds:02}"
 
 
-def train(config, machine, data, state, stop, say):
-    """The loop, from the checkpoint dict `state` or from the start. Returns the step at which it ended."""
-    torch.manual_seed(config.seed)
+def build_model(config, state):
+    """The model on the CPU: of the checkpoint dict `state`, else of init_from, else with random weights."""
     if config.init_from and not state:
         try:
-            model = from_pretrained(config.init_from)
+            return from_pretrained(config.init_from)
         except ValueError as e:
             sys.exit(f"train.py: init_from: {e}")
-    else:
-        model = SmolLM2(SmolLM2Config(**{key: getattr(config, key) for key in MODEL_KEYS}))
+    torch.manual_seed(config.seed)
+    model = SmolLM2(SmolLM2Config(**{key: getattr(config, key) for key in MODEL_KEYS}))
     if state:
         model.load_state_dict(state["model"])
+    return model
+
+
+def train(config, machine, model, data, state, stop, say):
+    """The loop, from the checkpoint dict `state` or from the start. Returns the step at which it ended."""
     model.to(machine.device)
-    optimizer = make_optimizer(model, config)
+    optimizers = make_optimizers(model, config)
     scaler = torch.amp.GradScaler(machine.device.type, enabled=machine.dtype == torch.float16)
     random.seed(config.seed + machine.rank)
     np.random.seed((config.seed + machine.rank) % 2**32)
     torch.manual_seed(config.seed + machine.rank)
-    step, seconds, best = 0, 0.0, None
+    step, seconds, best, saved = 0, 0.0, None, None  # saved: the step that is on disk
     if state:
-        optimizer.load_state_dict(state["optimizer"])
+        for key, optimizer in optimizers.items():  # the old state, but the rates and betas of the config
+            optimizer.load_state_dict({**state[key], "param_groups": optimizer.state_dict()["param_groups"]})
         scaler.load_state_dict(state["scaler"])
         if len(state["rng"]) == machine.world_size:
             set_rng_state(state["rng"][machine.rank])
-        step, seconds, best = state["step"], state["seconds"], state["best"]
-    state = saved = None if not state else step  # frees the loaded checkpoint; the step that is on disk
+        step, seconds, best, saved = state["step"], state["seconds"], state["best"], state["step"]
+        state.clear()  # frees its memory
     if machine.compile:
         model.compile_for_training()
     net = DistributedDataParallel(model) if machine.world_size > 1 else model
@@ -705,9 +745,10 @@ def train(config, machine, data, state, stop, say):
         if machine.rank == 0:
             os.fsync(metrics.file.fileno())
             write_checkpoint(out / f"step_{step:06d}.pt", {
-                "step": step, "model": model.state_dict(), "optimizer": optimizer.state_dict(), "rng": rng,
+                "step": step, "model": model.state_dict(), "rng": rng,
+                **{key: optimizer.state_dict() for key, optimizer in optimizers.items()},
                 "scaler": scaler.state_dict(), "config": asdict(config), "machine": machine.fingerprint(config),
-                "data": data.meta["sha256"], "seconds": seconds, "best": best})
+                "data": data.fingerprint(), "seconds": seconds, "best": best})
             files = [p for p in checkpoints(out) if step_of(p) <= step]
             for p in files[:-config.keep_checkpoints] if config.keep_checkpoints else []:
                 if not best or step_of(p) != best["step"]:
@@ -719,13 +760,13 @@ def train(config, machine, data, state, stop, say):
 
     bar = tqdm(total=config.max_steps, initial=step, unit="step", dynamic_ncols=True, smoothing=0.1,
                disable=machine.rank > 0 or not sys.stderr.isatty())
-    begin, begin_step, spent, tokens = time.perf_counter(), step, 0.0, 0
+    begin_step, spent, tokens = step, 0.0, 0
     while step < config.max_steps and not stop.signum:
         start, lr = time.perf_counter(), learning_rate(config, step)
-        for group in optimizer.param_groups:
-            group["lr"] = lr
+        for group in all_groups(optimizers):
+            group["lr"] = group["peak"] * lr / config.learning_rate
         try:
-            loss, norm = train_step(net, optimizer, scaler, get_batch(data, config, machine, step), config, machine, stop)
+            loss, norm = train_step(net, optimizers, scaler, get_batch(data, config, machine, step), config, machine, stop)
         except NotFinite as e:
             newest = checkpoints(out)[-1:] or ["none"]
             sys.exit(f"train.py: {e} in step {step + 1}, at learning rate {lr:.2e}: stopped before the weights were "
@@ -750,16 +791,20 @@ def train(config, machine, data, state, stop, say):
         bar.set_postfix_str(text, refresh=False)
         bar.update()
         if step == begin_step + 1 or due(config.log_interval):
-            elapsed = time.perf_counter() - begin
-            left = elapsed / (step - begin_step) * (config.max_steps - step)
+            left = (config.max_steps - step) * tokens_per_step / speed
             if bar.disable:
-                say(f"step {step}/{config.max_steps} | {text} | {clock(elapsed)} elapsed, {clock(left)} left")
+                say(f"step {step}/{config.max_steps} | {text} | {clock(seconds)} trained, {clock(left)} left")
         if machine.rank == 0 and (step == 1 or due(config.log_interval) or "val_loss" in line):
-            metrics.write(**line, tokens_per_sec=speed, seconds=seconds)
+            metrics.write(**line, tokens=step * tokens_per_step, tokens_per_sec=speed, seconds=seconds,
+                          memory_gb=peak_memory(machine.device))
         if due(config.log_interval) or step == begin_step + 1:
             spent, tokens = 0.0, 0
         if due(config.sample_interval) and machine.rank == 0:
-            say(f"--- sample at step {step}\n{write_sample(model, data, config, machine, step)}\n---")
+            sample = write_sample(model, data, config, machine, step)
+            say(f"--- sample at step {step}\n{sample}\n---")
+            if metrics.events:
+                metrics.events.add_text("sample", "    " + sample.replace("\n", "\n    "), step)  # indented: shown as it is
+                metrics.events.flush()
         if due(config.checkpoint_interval) or config.checkpoint_interval and due(config.eval_interval) and is_best:
             save()
     bar.close()
@@ -794,8 +839,8 @@ def start_or_resume(overrides, args, say):
     old = TrainConfig(**{key: typed(key, value) for key, value in state["config"].items() if key in known})
     config = replace(old, **{**overrides, "out_dir": str(folder)})
     changes = {key: (getattr(old, key), getattr(config, key)) for key in known if getattr(old, key) != getattr(config, key)}
-    for key in set(MODEL_KEYS) & changes.keys() - {"initializer_range"}:
-        sys.exit(f"train.py: {path} holds a model with {key} = {changes[key][0]}, not {changes[key][1]}: leave {key} out "
+    for key in changes.keys() & FIXED_ON_RESUME:
+        sys.exit(f"train.py: {path} holds a run with {key} = {changes[key][0]}, not {changes[key][1]}: leave {key} out "
                  "to go on with it, or start another run in another --out_dir")
     say(f"going on from {path} (step {state['step']})")
     return config, state, {key: pair for key, pair in changes.items() if key not in FREE_ON_RESUME}
@@ -810,6 +855,9 @@ def main(argv=None):
     try:
         if args.resume not in (None, "", "auto"):
             out = Path(args.resume) if Path(args.resume).is_dir() else Path(args.resume).parent
+        again, other_out = "python train.py --resume", ""
+        if out != Path(TrainConfig.out_dir):
+            again, other_out = f"{again}={out}", f" --checkpoint {out}"
         if rank == 0 and (out.is_dir() or args.resume in (None, "auto")):
             check(TrainConfig(**overrides), world_size)
             out.mkdir(parents=True, exist_ok=True)
@@ -817,18 +865,24 @@ def main(argv=None):
         config, state, changes = start_or_resume(overrides, args, say)
         check(config, world_size)
         if state and state["step"] >= config.max_steps:
-            say(f"the run is finished: step {state['step']} of {config.max_steps}. Longer: python train.py --resume "
-                f"--max_steps={state['step'] + 1000}; text: python sample.py --prompt \"ROMEO:\"")
+            say(f"the run is finished: step {state['step']} of {config.max_steps}. Longer: {again} --max_steps="
+                f"{state['step'] + 1000}; text: python sample.py --prompt \"ROMEO:\"{other_out}")
             return
         if not state and not config.lr_decay_steps:
             config = replace(config, lr_decay_steps=config.max_steps)
         machine = set_up_machine(config)
+        model = build_model(config, state)
+        sizes = {key: getattr(model.config, key) for key in MODEL_KEYS}
+        if other := [key for key in overrides if key in FIXED_ON_RESUME and sizes.get(key, overrides[key]) != overrides[key]]:
+            usage_error(f"{other[0]} = {overrides[other[0]]}: init_from has {sizes[other[0]]}; leave the sizes out")
+        config = replace(config, **sizes)  # of init_from
+        check(config, world_size)
         data = load_data(config, rank == 0)
-        if state and state["data"] != data.meta["sha256"]:
+        if state and state["data"] != data.fingerprint():
             if "data_dir" not in overrides:
                 sys.exit(f"train.py: {config.data_dir} is not the data that this run was trained on: restore it, or name "
                          f"it with --data_dir={config.data_dir} to go on with it all the same")
-            changes["data"] = (state["data"][:8], data.meta["sha256"][:8])
+            changes["data"] = (state["data"], data.fingerprint())
         if state:
             now = machine.fingerprint(config)
             changes |= {key: (state["machine"].get(key), now[key]) for key in now if state["machine"].get(key) != now[key]}
@@ -837,30 +891,30 @@ def main(argv=None):
                 ", ".join(f"{key} {old} → {new}" for key, (old, new) in sorted(changes.items())))
         step = state["step"] if state else 0
         if rank == 0:
-            set_aside(config, step, args.overwrite)
-            banner(config, machine, data, step, say)
+            clear_room(config, step, args.overwrite, model)
+            banner(config, machine, model, data, step, say)
         stop.training = True
-        step = train(config, machine, data, state, stop, say)
+        step = train(config, machine, model, data, state, stop, say)
     except OSError as e:
         sys.exit(f"train.py: {e.strerror or e}{f': {e.filename}' if e.filename else ''}. Checkpoints already in {out} "
-                 "are whole: when there is room or permission to write, python train.py --resume goes on exactly")
+                 f"are whole: when there is room or permission to write, {again} goes on exactly")
     except (MemoryError, RuntimeError) as e:
         if not isinstance(e, (MemoryError, torch.OutOfMemoryError)) and "allocate" not in str(e):
             raise
         sys.exit("train.py: out of memory: lower micro_batch_size or block_size; checkpoints are whole")
     where = f"{out / f'step_{step:06d}.pt'} is written"
-    again = "python train.py --resume" + ("" if out == Path("out") else f"={out}")
     if world_size > 1:
         dist.destroy_process_group()
     if stop.signum:
         say(f"stopped at step {step}; {where}. Go on with: {again}")
         raise SystemExit(128 + stop.signum)
-    say(f"done: {step} steps; {where}. Next: python sample.py --prompt \"ROMEO:\"" +
-        ("" if out == Path("out") else f" --checkpoint {out}"))
+    say(f"done: {step} steps; {where}. Next: python sample.py --prompt \"ROMEO:\"{other_out}")
 
 
-def set_aside(config, step, overwrite):
-    """Clears out_dir for a run at `step`: later checkpoints move to superseded/, so that nothing is lost."""
+def clear_room(config, step, overwrite, model):
+    """Readies out_dir for a run at `step`. Later checkpoints move to superseded/, so that nothing is lost.
+
+    Ends the program where the disk has no room for the checkpoints to come."""
     out = Path(config.out_dir)
     for tmp in out.glob("step_*.tmp"):  # left by a killed save
         tmp.unlink()
@@ -872,14 +926,15 @@ def set_aside(config, step, overwrite):
         if step_of(p) > step:
             (out / "superseded").mkdir(exist_ok=True)
             os.replace(p, out / "superseded" / p.name)
-    with torch.device("meta"):
-        model = SmolLM2(SmolLM2Config(**{key: getattr(config, key) for key in MODEL_KEYS}))
-    check_room(config, sum(p.numel() for p in model.parameters()))
+    have = shutil.disk_usage(out).free + sum(p.stat().st_size for p in checkpoints(out))
+    count = config.keep_checkpoints + 2 if config.checkpoint_interval and config.keep_checkpoints else 2
+    need = count * 12 * sum(p.numel() for p in model.parameters())
+    if have < need:
+        sys.exit(f"train.py: up to {count} checkpoints at a time need {need / 1e9:.1f} GB, but {out} has room for "
+                 f"{have / 1e9:.1f}: free some, lower keep_checkpoints, or use another --out_dir")
 
 
-def banner(config, machine, data, step, say):
-    with torch.device("meta"):
-        model = SmolLM2(SmolLM2Config(**{key: getattr(config, key) for key in MODEL_KEYS}))
+def banner(config, machine, model, data, step, say):
     n, T, meta = sum(p.numel() for p in model.parameters()), config.block_size, data.meta
     epochs = config.max_steps * config.batch_size / blocks_per_epoch(len(data.train), T)
     threads = f", {torch.get_num_threads()} threads" if machine.device.type == "cpu" else ""

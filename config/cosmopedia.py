@@ -1,0 +1,23 @@
+"""SmolLM2-135M on web-scale text: the published optimizer setting of the 135M model, scaled to one node.
+
+    pip install -r tools/requirements.txt
+    python prepare.py --dataset HuggingFaceTB/smollm-corpus:cosmopedia-v2 --max_tokens 2000000000 --out_dir data/cosmopedia
+    torchrun --standalone --nproc_per_node=8 train.py config/cosmopedia.py --resume=auto
+"""
+out_dir = "out-cosmopedia"
+data_dir = "data/cosmopedia"
+max_steps = 8000  # 2.1 billion tokens
+batch_size = 128
+micro_batch_size = 16
+block_size = 2048
+lr_schedule = "wsd"  # warm-up, constant, then linear decay over the last fifth
+learning_rate = 3e-3
+min_lr = 0.0
+warmup_steps = 2000
+weight_decay = 0.01
+beta1 = 0.9
+beta2 = 0.95
+grad_clip = 1.0
+eval_interval = 500
+checkpoint_interval = 500
+sample_interval = 1000

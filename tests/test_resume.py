@@ -1,0 +1,375 @@
+"""Exact resume: a run stopped at any instant, in any way, and resumed ends with the bits of one that was never stopped."""
+import os
+import pickle
+import shutil
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import TINY, assert_same_bits, differences, metrics, read, run_main, untimed, wait_until
+
+import train
+from test_train import assert_refused, flip
+
+# Everything that could shift the run: evaluation, samples, micro-batches, the best checkpoint, several epochs.
+LONG = ["--max_steps=60", "--checkpoint_interval=10", "--eval_interval=7", "--sample_interval=9", "--micro_batch_size=2"]
+LAST = "step_000060.pt"
+
+
+def run_to_the_end(start_train, *argv, tiny=True):
+    process = start_train(*argv, tiny=tiny)
+    process.wait(timeout=400)
+    text = process.log.read_text()
+    assert process.returncode == 0, text
+    return text
+
+
+def lines_of(out_dir):
+    path = Path(out_dir, "metrics.jsonl")
+    return path.read_bytes().count(b"\n") if path.exists() else 0
+
+
+@pytest.fixture(scope="module")
+def never_stopped(data_dir, tmp_path_factory):
+    """The out_dir of LONG, run in one go."""
+    out = tmp_path_factory.mktemp("never_stopped") / "out"
+    assert run_main(train.main, f"--data_dir={data_dir}", *TINY, *LONG, f"--out_dir={out}").code == 0
+    return out
+
+
+def assert_same_run(out, never_stopped):
+    assert_same_bits(Path(out, LAST), never_stopped / LAST)
+    assert untimed(out) == untimed(never_stopped)
+    assert [p.name for p in train.checkpoints(out)] == [p.name for p in train.checkpoints(never_stopped)]
+    samples = [{p.name: p.read_text() for p in Path(d, "samples").iterdir()} for d in (out, never_stopped)]
+    assert samples[0] == samples[1] and len(samples[0]) == 6
+
+
+@pytest.fixture(scope="module")
+def eight_steps(data_dir, tmp_path_factory):
+    """The out_dir of a run of 8 steps with checkpoints after 2, 4, 6 and 8."""
+    out = tmp_path_factory.mktemp("eight") / "out"
+    assert run_main(train.main, f"--data_dir={data_dir}", *TINY, "--max_steps=8", "--checkpoint_interval=2",
+                    "--keep_checkpoints=0", f"--out_dir={out}").code == 0
+    return out
+
+
+@pytest.fixture
+def finished(eight_steps, tmp_path):
+    """A copy of it in out/, to resume or to damage."""
+    return Path(shutil.copytree(eight_steps, tmp_path / "out"))
+
+
+# ------------------------------------------------------------------------------------------------------- to the bit
+
+
+def test_the_comparison_sees_one_bit(eight_steps):
+    a, b = read(eight_steps / "step_000008.pt"), train.read_checkpoint(eight_steps / "step_000008.pt")
+    assert not differences(a, b)
+    b["model"]["model.norm.weight"].view(torch.int32)[3] ^= 1
+    b["optimizer"]["state"][0]["exp_avg"].view(torch.int32)[0, 0] ^= 1
+    b["rng"][0]["torch"][7] ^= 1
+    assert sorted(differences(a, b)) == [".model.model.norm.weight", ".optimizer.state.0.exp_avg", ".rng[0].torch"]
+
+
+def test_n_steps_equal_k_steps_sigkill_and_the_rest_to_the_bit(start_train, never_stopped):
+    process = start_train(*LONG)
+    wait_until(lambda: Path("out/step_000020.pt").exists() and lines_of("out") >= 23, process)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL and lines_of("out") < 60
+    text = run_to_the_end(start_train, "--resume", tiny=False)
+    assert "going on from" in text and "no longer the same run" not in text
+    assert_same_run("out", never_stopped)
+
+
+def test_kills_in_the_middle_of_saving_and_before_the_first_checkpoint(start_train, never_stopped):
+    """One command for queues: --resume=auto starts, and goes on after each kill."""
+    for been in (lambda: lines_of("out") >= 3,  # before there is a checkpoint
+                 lambda: any(Path("out").glob("step_*.tmp")),  # while the first is being written
+                 lambda: Path("out/step_000030.pt").exists() and any(Path("out").glob("step_*.tmp"))):
+        process = start_train("--resume=auto", *LONG)
+        wait_until(been, process)
+        process.kill()
+        process.wait()
+    run_to_the_end(start_train, "--resume=auto", *LONG)
+    assert not list(Path("out").glob("*.tmp"))
+    assert_same_run("out", never_stopped)
+
+
+@pytest.mark.parametrize("signum, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_saves_says_how_to_go_on_and_changes_no_bit(signum, code, start_train, resume, never_stopped):
+    process = start_train(*LONG)
+    wait_until(lambda: lines_of("out") >= 12, process)
+    process.send_signal(signum)
+    assert process.wait(timeout=60) == code
+    text, step = process.log.read_text(), metrics("out")[-1]["step"]
+    assert "Traceback" not in text and "Go on with: python train.py --resume" in text.splitlines()[-1], text
+    assert train.checkpoints("out")[-1].name == f"step_{step:06d}.pt" and step < 60
+    assert resume().code == 0
+    saved = train.checkpoints("out")  # one more than the other run has: that of the signal, where it is still kept
+    assert_same_bits(saved[-1], never_stopped / LAST)
+    assert untimed("out") == untimed(never_stopped)
+
+
+@pytest.fixture
+def slow_steps(start_train):
+    """A process in steps of a second or more, of which the first is done."""
+    process = start_train("--batch_size=256", "--block_size=64", "--max_steps=1000")
+    wait_until(lambda: lines_of("out") >= 1, process)
+    return process
+
+
+def test_a_second_ctrl_c_leaves_at_once(slow_steps):
+    slow_steps.send_signal(signal.SIGINT)
+    wait_until(lambda: "Ctrl-C again leaves at once" in slow_steps.log.read_text(), slow_steps)
+    slow_steps.send_signal(signal.SIGINT)
+    assert slow_steps.wait(timeout=60) == 130
+    assert not train.checkpoints("out") and "Traceback" not in slow_steps.log.read_text()
+
+
+def test_a_second_process_in_the_same_out_dir_is_refused(slow_steps, run_train, resume):
+    for result in (run_train("--max_steps=1"), run_train("--overwrite"), run_train("--resume=auto"), resume()):
+        assert_refused(result, "another process is training in out", "--out_dir", code=1)
+    assert run_train("--max_steps=1", "--out_dir=another").code == 0
+    slow_steps.kill()
+    slow_steps.wait()
+    assert run_train("--max_steps=1").code == 0  # the lock goes with its process
+
+
+def test_ctrl_c_before_the_first_step_is_quiet(start_train):
+    process = start_train("--max_steps=1000")
+    wait_until(lambda: Path("out/.lock").exists(), process)  # torch is imported, the data are not yet loaded
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=60) == 130
+    assert "Traceback" not in process.log.read_text()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_other_dtypes_resume_to_the_bit(dtype, run_train, resume):
+    """float16: the gradient scaler's state is part of it."""
+    keys = [f"--dtype={dtype}", "--learning_rate=1e-3", "--lr_decay_steps=9"]
+    assert run_train("--max_steps=9", *keys, "--out_dir=whole").code == 0
+    assert run_train("--max_steps=5", *keys).code == 0
+    assert resume("--max_steps=9").code == 0
+    assert_same_bits("whole/step_000009.pt", "out/step_000009.pt")
+    assert untimed("whole") == untimed("out")
+
+
+def test_steps_after_a_resume_at_an_older_checkpoint_repeat_and_the_later_ones_are_set_aside(finished, resume, eight_steps):
+    assert resume("--resume=out/step_000004.pt").code == 0
+    assert_same_bits(finished / "step_000008.pt", eight_steps / "step_000008.pt")
+    assert untimed(finished) == untimed(eight_steps)
+    assert sorted(p.name for p in (finished / "superseded").iterdir()) == ["step_000006.pt", "step_000008.pt"]
+
+
+def test_metrics_torn_by_a_kill_or_beyond_the_checkpoint_are_cut_off(finished, resume, eight_steps):
+    for step in (6, 8):
+        (finished / f"step_00000{step}.pt").unlink()
+    with open(finished / "metrics.jsonl", "ab") as f:
+        f.write(b'{"step": 9, "lo')
+    assert resume().code == 0
+    assert untimed(finished) == untimed(eight_steps)
+    assert_same_bits(finished / "step_000008.pt", eight_steps / "step_000008.pt")
+
+
+# -------------------------------------------------------------------------------------- what --resume does, and not
+
+
+def test_resuming_a_finished_run_says_so_and_exits_0(finished, resume):
+    before = {p: p.stat().st_mtime_ns for p in finished.iterdir() if p.name != ".lock"}
+    result = resume()
+    assert result.code == 0 and "finished: step 8 of 8" in result.out and "--max_steps=" in result.out
+    assert {p: p.stat().st_mtime_ns for p in finished.iterdir() if p.name != ".lock"} == before
+
+
+def test_extending_keeps_the_learning_rate_horizon_and_holds_the_minimum(finished, resume, eight_steps):
+    result = resume("--max_steps=12")
+    assert result.code == 0 and "no longer the same run" not in result.out, result
+    lines = metrics(finished)
+    assert [line["step"] for line in lines] == list(range(1, 13))
+    assert untimed(finished)[:8] == untimed(eight_steps)
+    assert [line["lr"] for line in lines[8:]] == [3e-5] * 4 and lines[7]["lr"] > 3e-5
+    assert read(finished / "step_000012.pt")["config"]["lr_decay_steps"] == 8
+
+
+def test_a_fresh_start_into_a_folder_with_a_run_is_refused_with_both_ways_out(finished, run_train, eight_steps):
+    assert_refused(run_train(), "out holds a run", "--resume", "--out_dir", "--overwrite")
+    assert_same_bits(finished / "step_000008.pt", eight_steps / "step_000008.pt")
+    assert untimed(finished) == untimed(eight_steps)
+
+
+def test_overwrite_starts_anew(finished, run_train):
+    assert run_train("--overwrite", "--max_steps=3").code == 0
+    assert [p.name for p in train.checkpoints("out")] == ["step_000003.pt"]
+    assert [line["step"] for line in metrics("out")] == [1, 2, 3]
+
+
+def test_resume_auto_starts_where_there_is_no_run_and_goes_on_where_there_is_one(run_train):
+    assert "going on" not in run_train("--resume=auto", "--max_steps=3", "--lr_decay_steps=5").out
+    result = run_train("--resume=auto", "--max_steps=5", "--lr_decay_steps=5")
+    assert "going on from out/step_000003.pt" in result.out and [m["step"] for m in metrics("out")] == [1, 2, 3, 4, 5]
+    assert "finished" in run_train("--resume=auto", "--max_steps=5", "--lr_decay_steps=5").out
+
+
+def test_a_resumed_run_writes_where_its_checkpoint_lies(finished, resume):
+    finished.rename("elsewhere")
+    result = resume("--resume=elsewhere", "--max_steps=10")
+    assert result.code == 0 and Path("elsewhere/step_000010.pt").exists() and not Path("out").exists()
+    assert_refused(resume("--resume=elsewhere", "--out_dir=o2"), "elsewhere", "o2")
+
+
+def test_a_change_that_bends_the_run_is_made_and_named(finished, resume):
+    result = resume("--max_steps=10", "--batch_size=2", "--seed=7", "--dtype=float32")
+    assert result.code == 0
+    line = next(line for line in result.out.splitlines() if "no longer the same run" in line)
+    assert "batch_size 4 → 2" in line and "seed 1337 → 7" in line and "max_steps" not in line
+    assert ("dtype bfloat16 → float32" in line) == train.native_bf16()
+    assert read("out/step_000010.pt")["config"]["batch_size"] == 2
+
+
+def test_another_number_of_threads_is_named(finished, resume):
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads + 1)
+        assert f"threads {threads} → {threads + 1}" in resume("--max_steps=9").out
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_other_intervals_are_no_change_of_the_run(finished, resume):
+    result = resume("--max_steps=10", "--eval_interval=5", "--sample_interval=0", "--keep_checkpoints=1", "--log_interval=2")
+    assert result.code == 0 and "no longer the same run" not in result.out
+    assert [p.name for p in train.checkpoints("out")] == ["step_000010.pt"]
+
+
+@pytest.mark.parametrize("key, old, new", [("hidden_size", 32, 64), ("vocab_size", 49152, 50000), ("rope_theta", 1e5, 1e4)])
+def test_another_model_is_refused(finished, resume, key, old, new):
+    assert_refused(resume(f"--{key}={new}", "--max_steps=10"), f"{key} = {old}", str(new), code=1)
+
+
+def test_other_data_are_refused_unless_named(finished, resume, data_dir):
+    from conftest import write_data
+    from test_train import numbers
+    write_data("other", numbers().train)
+    state = read(finished / "step_000008.pt")
+    state["data"] = "0" * 64
+    train.write_checkpoint(finished / "step_000008.pt", state)
+    assert_refused(resume("--max_steps=9"), "not the data", "--data_dir", code=1)
+    result = resume("--max_steps=9", "--data_dir=other")
+    assert result.code == 0 and "data 00000000 → " in result.out, result
+
+
+# ----------------------------------------------------------------------------------------------- damaged checkpoints
+
+
+SIZE = 19_200_000  # about; each offset below lies in another part of the file
+
+
+@pytest.mark.parametrize("damage", [lambda p: os.truncate(p, p.stat().st_size - 1), lambda p: os.truncate(p, 1000),
+                                    lambda p: os.truncate(p, 0), lambda p: p.write_bytes(b"<html>404</html>" * 100),
+                                    *[lambda p, at=at: flip(p, at) for at in (0, 100, 1_000_000, 15_000_000, -1, -33, -41,
+                                                                              -200, -5000)]],
+                         ids=["short", "1000 bytes", "empty", "html", *[f"bit at {at}" for at in (
+                             0, 100, 1_000_000, 15_000_000, -1, -33, -41, -200, -5000)]])
+def test_where_the_newest_checkpoint_is_damaged_the_one_before_is_used(damage, finished, resume, eight_steps):
+    newest = finished / "step_000008.pt"
+    damage(newest)
+    result = resume()
+    assert result.code == 0, result
+    assert any("step_000008.pt" in line and "damaged" in line and "trying the one before" in line
+               for line in result.out.splitlines()), result.out
+    assert "going on from out/step_000006.pt" in result.out
+    assert_same_bits(newest, eight_steps / "step_000008.pt")
+    assert untimed(finished) == untimed(eight_steps)
+
+
+def test_where_no_whole_checkpoint_is_left_nothing_is_started(finished, resume, run_train):
+    for path in train.checkpoints(finished):
+        flip(path, 5000)
+    for result in (resume(), run_train("--resume=auto")):
+        assert result.code == 1 and "no whole checkpoint in out" in result.err and "--overwrite" in result.err
+        assert "Traceback" not in result.err
+    assert len(train.checkpoints(finished)) == 4
+
+
+class Hostile:
+    def __reduce__(self):
+        return os.mkdir, ("ran",)
+
+
+@pytest.mark.parametrize("with_digest", [True, False])
+def test_a_checkpoint_with_code_in_it_is_refused_and_does_not_run(with_digest, resume, finished):
+    state = {**read(finished / "step_000008.pt"), "more": Hostile()}
+    shutil.rmtree(finished)
+    finished.mkdir()
+    path = finished / "step_000008.pt"
+    if with_digest:
+        train.write_checkpoint(path, state)
+    else:
+        torch.save(state, path)
+    for result in (resume(), resume(f"--resume={path}")):
+        assert result.code == 1 and "Traceback" not in result.err
+        assert ("refused" if with_digest else "damaged") in result.out, result
+    assert not Path("ran").exists()
+    path.write_bytes(pickle.dumps(Hostile()))
+    assert resume().code == 1 and not Path("ran").exists()
+
+
+def test_a_checkpoint_is_written_whole_or_not_at_all(finished, resume, monkeypatch, eight_steps):
+    """A full disk in the middle of a save: one line, and what was there stays."""
+    real = train.HashingFile.write
+
+    def write(self, part, left=[5_000_000]):
+        left[0] -= len(part)
+        if left[0] < 0:
+            raise OSError(28, os.strerror(28))
+        return real(self, part)
+    monkeypatch.setattr(train.HashingFile, "write", write)
+    assert_refused(resume("--max_steps=12"), "No space left on device", "--resume", code=1)
+    assert train.checkpoints(finished)[-1].name == "step_000008.pt"
+    assert_same_bits(finished / "step_000008.pt", eight_steps / "step_000008.pt")
+    monkeypatch.undo()
+    os.chdir(finished.parent)  # which undo has undone
+    assert resume("--max_steps=12").code == 0
+
+
+# ----------------------------------------------------------------------------------------------------------- slow ones
+
+
+@pytest.mark.slow
+def test_compiled_runs_resume_to_the_bit(start_train):
+    """With SIGKILL, too; the names in the checkpoint are those of an uncompiled run."""
+    if problem := train.compiler_problem(torch.device("cpu")):
+        pytest.skip(f"no compiler here: {problem}")
+    keys = ["--compile=true", "--max_steps=60", "--checkpoint_interval=10", "--eval_interval=8"]
+    text = run_to_the_end(start_train, *keys, "--out_dir=whole")
+    assert ", compiled" in text, text
+    process = start_train(*keys)
+    wait_until(lambda: Path("out/step_000020.pt").exists() and lines_of("out") >= 22, process)
+    process.kill()
+    process.wait()
+    assert lines_of("out") < 60
+    assert "no longer the same run" not in run_to_the_end(start_train, "--resume", tiny=False)
+    assert_same_bits("whole/step_000060.pt", "out/step_000060.pt")
+    assert untimed("whole") == untimed("out")
+    assert not any("_orig_mod" in name for name in read("out/step_000060.pt")["model"])
+
+
+@pytest.mark.slow
+def test_resume_to_the_bit_at_full_size(start_train, data_dir, tmp_path):
+    keys = [f"--data_dir={data_dir}", "--batch_size=1", "--block_size=64", "--max_steps=3", "--compile=false",
+            "--log_interval=1", "--eval_interval=0", "--sample_interval=0", "--keep_checkpoints=1"]
+    try:
+        run_to_the_end(start_train, *keys, "--checkpoint_interval=0", "--out_dir=whole", tiny=False)
+        process = start_train(*keys, "--checkpoint_interval=1", tiny=False)
+        wait_until(lambda: Path("out/step_000002.pt").exists(), process)
+        process.kill()
+        process.wait()
+        assert not Path("out/step_000003.pt").exists()
+        run_to_the_end(start_train, "--resume", "--checkpoint_interval=0", tiny=False)
+        assert_same_bits("whole/step_000003.pt", "out/step_000003.pt", aside=["checkpoint_interval"])
+        assert untimed("whole") == untimed("out") and len(untimed("out")) == 3
+    finally:
+        for path in tmp_path.glob("*/*.pt"):  # 1.6 GB each
+            path.unlink()
