@@ -78,13 +78,9 @@ def attention(q, k, v):
     """Causal attention, q (B, H, T, head_dim), k and v (B, H_kv, T, head_dim): H / H_kv query heads share a key head."""
     if q.device.type == "cpu" and torch.compiler.is_compiling():
         return cpu_attention(q, k, v)
-    return F.scaled_dot_product_attention(q, *repeat_on_mps(q, k, v), is_causal=True, enable_gqa=True)
-
-
-def repeat_on_mps(q, k, v):
-    """Keys and values, repeated for each query head on MPS, where enable_gqa aborts the process."""
-    n = q.size(1) // k.size(1) if q.device.type == "mps" else 1
-    return k.repeat_interleave(n, dim=1), v.repeat_interleave(n, dim=1)
+    if q.device.type == "mps":  # enable_gqa aborts the process there
+        k, v = (t.repeat_interleave(q.size(1) // t.size(1), dim=1) for t in (k, v))
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=k.size(1) != q.size(1))
 
 
 def cpu_attention(q, k, v):
@@ -117,18 +113,14 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(config.hidden_size, kv_size, bias=False)
         self.o_proj = nn.Linear(query_size, config.hidden_size, bias=False)
 
-    def forward(self, x, cos, sin, cache=None):
+    def forward(self, x, cos, sin, keep=None):
         B, T, _ = x.shape
         q, k, v = (t.view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, H, T, head_dim)
                    for t in linear(x, self.q_proj, self.k_proj, self.v_proj))
         q, k = apply_rotary(q, cos, sin), apply_rotary(k, cos, sin)
-        if cache is not None:
-            keys, values = cache  # (B, H_kv, positions so far and these, head_dim)
-            keys[:, :, -T:], values[:, :, -T:] = k, v
-        if cache is None or T > 1:  # a cache is filled by the whole prompt at once, so nothing lies before it
-            y = attention(q, k, v)
-        else:
-            y = F.scaled_dot_product_attention(q, *repeat_on_mps(q, keys, values), enable_gqa=True)
+        if keep is not None:
+            keep(k, v)
+        y = attention(q, k, v)
         return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
 
 
@@ -154,8 +146,8 @@ class DecoderLayer(nn.Module):
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, x, cos, sin, cache=None):
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin, cache)
+    def forward(self, x, cos, sin, keep=None):
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, keep)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -235,14 +227,13 @@ class SmolLM2(nn.Module):
         idx: (B, T) token ids; targets: (B, T) the ids that follow, -100 where none counts. logits_to_keep as in
         Hugging Face: 0 keeps all positions, n the last n; None none at all, which makes the loss cheap.
         Raises ValueError for more positions than the model has."""
-        past = cache.length if cache else 0
         T, limit = idx.size(1), self.config.max_position_embeddings
-        if past + T > limit:
-            raise ValueError(f"{past + T} positions, but the model has {limit} (max_position_embeddings)")
+        if T > limit:
+            raise ValueError(f"{T} positions, but the model has {limit} (max_position_embeddings)")
         x = self.model.embed_tokens(idx)  # (B, T, hidden_size)
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))  # the residual stream, too, in half the bytes
-        x = self.run_layers(x, *rotary_table(torch.arange(past, past + T, device=x.device), self.config), cache)
+        x = self.run_layers(x, *rotary_table(torch.arange(T, device=x.device), self.config), cache)
         logits = loss = None
         if logits_to_keep is not None:
             logits = self.lm_head(x[:, -logits_to_keep:])
@@ -254,14 +245,8 @@ class SmolLM2(nn.Module):
         return logits, loss
 
     def run_layers(self, x, cos, sin, cache=None):
-        if cache is None:
-            for layer in self.model.layers:
-                x = layer(x, cos, sin)
-        else:
-            views = cache.extend(x.size(1))
-            step = cache.layer_step if x.size(1) == 1 else DecoderLayer.forward
-            for layer, view in zip(self.model.layers, views):
-                x = step(layer, x, cos, sin, view)
+        for i, layer in enumerate(self.model.layers):
+            x = layer(x, cos, sin) if cache is None else layer.forward(x, cos, sin, cache.keeper(i))
         return self.model.norm(x)
 
     def compile_for_training(self):
@@ -287,19 +272,67 @@ class SmolLM2(nn.Module):
 # ------------------------------------------------------------------------------------------------------- generation
 
 
+BLOCK = 64  # positions in a block of the cache
+
+
 class KVCache:
-    """Keys and values of all layers for up to `size` positions: two tensors (layers, B, H_kv, size, head_dim)."""
+    """Keys and values of all layers, in blocks of positions, so that many can be read at once and none in vain.
 
-    def __init__(self, config, batch_size, size, device, dtype):
-        shape = (config.num_hidden_layers, batch_size, config.num_key_value_heads, size, config.head_dim)
-        self.keys, self.values = (torch.zeros(shape, device=device, dtype=dtype) for _ in range(2))
-        self.length = 0
-        self.layer_step = DecoderLayer.forward
+    keys: (layers, blocks, B * H_kv, head_dim, BLOCK); values: (layers, blocks, B * H_kv, BLOCK, head_dim)."""
 
-    def extend(self, T):
-        """Makes room for T more positions; returns per layer the views of all positions up to them."""
-        self.length += T
-        return [(k[:, :, :self.length], v[:, :, :self.length]) for k, v in zip(self.keys, self.values)]
+    def __init__(self, config, B, size, device, dtype):
+        L, H, D, blocks = config.num_hidden_layers, B * config.num_key_value_heads, config.head_dim, -(-size // BLOCK)
+        self.keys = torch.zeros(L, blocks, H, D, BLOCK, device=device, dtype=dtype)
+        self.values = torch.zeros(L, blocks, H, BLOCK, D, device=device, dtype=dtype)
+        self.cos, self.sin = rotary_table(torch.arange(size, device=device), config)
+
+    def keeper(self, i):
+        """The function that puts a prompt's keys and values (B, H_kv, T, head_dim) of layer i into the cache."""
+        def keep(k, v):
+            rest = self.keys.size(1) * BLOCK - k.size(2)
+            k, v = (F.pad(t, (0, 0, 0, rest)).flatten(0, 1).unflatten(1, (-1, BLOCK)).transpose(0, 1) for t in (k, v))
+            self.keys[i], self.values[i] = k.transpose(2, 3), v
+        return keep
+
+
+def product(x, layer):
+    """layer(x) in fp32 for few rows x (B, in_features). Compiled for one row on a CPU, it runs at the memory's speed."""
+    if len(x) == 1 and x.device.type == "cpu" and torch.compiler.is_compiling():
+        return (x * layer.weight.float()).sum(-1)[None]  # F.linear reaches a third of that
+    return F.linear(x.to(layer.weight.dtype), layer.weight).float()
+
+
+def decode_attention(q, k, v, position):
+    """Of one query, q (H, G, D): a softmax over each block of keys k (blocks, H, D, BLOCK), then one over the blocks.
+
+    So all cores work and no key is read twice. v: (blocks, H, BLOCK, D). Positions after `position` do not count."""
+    k, v = k.float(), v.float()
+    scores = torch.stack([(q[:, g, :, None] * k).sum(2) for g in range(q.size(1))], dim=2)  # (blocks, H, G, BLOCK)
+    places = torch.arange(k.size(0) * BLOCK, device=q.device).view(-1, 1, 1, BLOCK)
+    scores = torch.where(places <= position, scores * q.size(2)**-0.5, -1e30)
+    largest = scores.amax(-1, keepdim=True)
+    p = torch.exp(scores - largest)
+    y = torch.stack([(p[:, :, g, :, None] * v).sum(2) for g in range(q.size(1))], dim=2)  # (blocks, H, G, D)
+    weight = torch.exp(largest - largest.amax(0))
+    return (y * (weight / (p.sum(-1, keepdim=True) * weight).sum(0))).sum(0)
+
+
+def decode_layer(layer, x, cos, sin, position, keys, values):
+    """DecoderLayer for one new token a row, x (B, hidden_size) fp32, at `position`, a tensor; writes its key and value."""
+    attn, mlp, (_, H, D, _) = layer.self_attn, layer.mlp, keys.shape
+    h = layer.input_layernorm(x)
+    q, k, v = (product(h, proj).view(-1, D) for proj in (attn.q_proj, attn.k_proj, attn.v_proj))
+    block, i = position // BLOCK, position % BLOCK
+    keys[block, :, :, i] = apply_rotary(k, cos, sin).to(keys.dtype)[None]
+    values[block, :, i] = v.to(values.dtype)[None]
+    y = decode_attention(apply_rotary(q, cos, sin).view(H, -1, D), keys, values, position)
+    x = x + product(y.view(len(x), -1), attn.o_proj)
+    h = layer.post_attention_layernorm(x)
+    return x + product(F.silu(product(h, mlp.gate_proj)) * product(h, mlp.up_proj), mlp.down_proj)
+
+
+def decode_head(model, x):
+    return product(model.model.norm(x), model.lm_head)
 
 
 def sample_token(logits, seen, temperature=1.0, top_k=0, top_p=1.0, repetition_penalty=1.0, generator=None):
@@ -323,24 +356,32 @@ def sample_token(logits, seen, temperature=1.0, top_k=0, top_p=1.0, repetition_p
 
 
 @torch.inference_mode()
-def generate(model, idx, max_new_tokens, **sampling):
+def generate(model, idx, max_new_tokens, compile=False, **sampling):
     """Yields the next ids (B,), max_new_tokens times, after the prompt idx (B, T). sampling: see sample_token.
 
-    Raises ValueError where the prompt and the new tokens do not fit into the model's positions: nothing slides."""
+    compile pays for long texts on a CPU. Raises ValueError where the prompt and the new tokens do not fit into the
+    model's positions: nothing slides."""
     B, T = idx.shape
     limit = model.config.max_position_embeddings
     if T + max_new_tokens > limit:
         raise ValueError(f"a prompt of {T} tokens and {max_new_tokens} new ones do not fit into the model's {limit} "
                          "positions: ask for fewer, or shorten the prompt")
-    device = idx.device
-    dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else model.lm_head.weight.dtype
-    cache = KVCache(model.config, B, T + max_new_tokens, device, dtype)
-    seen = idx
-    for _ in range(max_new_tokens):
-        logits, _ = model(idx, logits_to_keep=1, cache=cache)
-        idx = sample_token(logits[:, -1], seen, **sampling)[:, None]
-        seen = torch.cat((seen, idx), dim=1)
-        yield idx[:, 0]
+    weight = model.lm_head.weight
+    cache = KVCache(model.config, B, T + max_new_tokens, idx.device, weight.dtype)
+    step, head = (torch.compile(f) if compile else f for f in (decode_layer, decode_head))
+    logits, seen = model(idx, logits_to_keep=1, cache=cache)[0][:, -1], idx
+    for n in range(T, T + max_new_tokens):
+        new = sample_token(logits, seen, **sampling)
+        yield new
+        if n + 1 < T + max_new_tokens:
+            seen = torch.cat((seen, new[:, None]), dim=1)
+            x, blocks = F.embedding(new, weight).float(), max(2, n // BLOCK + 1)
+            for layer, k, v in zip(model.model.layers, cache.keys[:, :blocks], cache.values[:, :blocks]):
+                if compile:  # for any number of blocks
+                    torch._dynamo.mark_dynamic(k, 0)
+                    torch._dynamo.mark_dynamic(v, 0)
+                x = step(layer, x, cache.cos[n], cache.sin[n], torch.tensor([n], device=x.device), k, v)
+            logits = head(model, x)
 
 
 # ------------------------------------------------------------------------------- weights in Hugging Face's format

@@ -67,19 +67,13 @@ def reason(error):
 
 # ---- the command line ----
 
-def fraction(text):
-    if not 0 < float(text) < 1:  # nan too
-        raise argparse.ArgumentTypeError(f"{text} is not between 0 and 1 (both excluded); 0.1 holds out a tenth")
-    return float(text)
-
-
 def parse_args(argv):
     parser = argparse.ArgumentParser(prog="prepare.py", description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = lambda message: fail(f"{message} (python prepare.py --help explains)", 2)
     group = parser.add_argument_group("the text (default: Tiny Shakespeare, downloaded)")
     source = group.add_mutually_exclusive_group()
-    source.add_argument("--input", nargs="+", metavar="PATH",
+    source.add_argument("--input", nargs="+", action="extend", metavar="PATH",
                         help="files, folders, globs: .txt and .md (a document each), .jsonl (a document a line); UTF-8")
     source.add_argument("--dataset", metavar="NAME[:CONFIG]",
                         help="a hub name, or local Parquet, JSONL or Arrow, streamed by the `datasets` library")
@@ -89,18 +83,20 @@ def parse_args(argv):
                        help="stop before the document of the dataset that would pass N tokens (default: take all)")
     group = parser.add_argument_group("the tokenizer")
     group.add_argument("--tokenizer", metavar="NAME",
-                       help=f"a hub name, or a folder with tokenizer.json; at most 65,536 tokens (default: {TOKENIZER})")
+                       help=f"a hub name, or a folder with tokenizer.json; up to 65,536 tokens (default: {TOKENIZER})")
     group.add_argument("--allow_unrepresentable", action="store_true",
                        help="drop characters that the tokenizer has no token for (default: they are an error)")
     group = parser.add_argument_group("what is written")
     group.add_argument("--out_dir", default=DEFAULT_OUT_DIR, metavar="FOLDER",
-                       help=f"replaced if it holds prepared data, refused if anything else (default: {DEFAULT_OUT_DIR})")
-    group.add_argument("--val_fraction", type=fraction, default=0.1, metavar="F",
+                       help=f"prepared data in it are replaced, anything else is refused (default: {DEFAULT_OUT_DIR})")
+    group.add_argument("--val_fraction", type=float, default=0.1, metavar="F",
                        help="share held out, of the tokens of one text or of the documents of many (default: 0.1)")
     args = parser.parse_args(argv)
     for value in (args.out_dir, args.tokenizer, args.dataset, *(args.input or ())):
         if value is not None and (not value.strip() or "\0" in value):
             parser.error(f"{value!r} is not a name")
+    if not 0 < args.val_fraction < 1:  # nan too
+        parser.error(f"argument --val_fraction: {args.val_fraction} is not between 0 and 1; 0.1 holds out a tenth")
     if args.max_tokens is not None and args.max_tokens < 1:
         parser.error(f"argument --max_tokens: {args.max_tokens} is not above 0")
     if not args.dataset and (args.split or args.max_tokens):
@@ -153,7 +149,7 @@ def stand_in_tokenizer():
 
 
 def hub_folder(name, revision):
-    """The folder of the hub's cache with a tokenizer's files, which are fetched if they are not there. Never any code."""
+    """The folder of the hub's cache with a tokenizer's files, fetched if they are not there. Never any code."""
     from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
@@ -207,7 +203,7 @@ def find_files(inputs):
             found = sorted(os.path.join(folder, file) for folder, _, names in os.walk(given, onerror=stop)
                            for file in names if file.lower().endswith(SUFFIXES))
         else:
-            found = [given] if os.path.exists(given) else sorted(glob.glob(given, recursive=True))
+            found = [given] if os.path.exists(given) else sorted(filter(os.path.isfile, glob.glob(given, recursive=1)))
         if not found:
             fail(f"--input {given}: " + (f"no {', '.join(SUFFIXES)} in this folder" if os.path.isdir(given) else
                                          "no such file; give a file, a folder or a glob"))
@@ -250,8 +246,8 @@ def read_jsonl(path, column, bar):
 def text_of(record, column, where):
     """The document in a record; a text that is null is empty."""
     if not isinstance(record, dict) or column not in record:
-        names = ", ".join(record) if isinstance(record, dict) else "no names"
-        fail(f"--column {column}: not in {where}, which has: {names}")
+        has = ", ".join(record) if isinstance(record, dict) else f"no fields ({type(record).__name__})"
+        fail(f"--column {column}: not in {where}, which has {has}")
     text = "" if record[column] is None else record[column]
     if not isinstance(text, str):
         fail(f"--column {column}: {where} has {type(text).__name__} there; name one with text")
@@ -367,7 +363,7 @@ def in_pieces(documents, cuttable):
 
 
 def encode(pieces, backend, at_once):
-    """Yields (piece, its ids, the characters that got lost). All cores work, one batch ahead of what is yielded."""
+    """Yields (piece, its ids, the characters that got lost). All cores work, two batches ahead of what is yielded."""
     def work(batch):
         try:
             codes = backend.encode_batch_fast([piece.text for piece in batch], add_special_tokens=False)
@@ -378,12 +374,14 @@ def encode(pieces, backend, at_once):
         except Exception as error:
             fail(f"--tokenizer: it cannot encode {batch[0].name}: {reason(error)}")
 
-    with ThreadPoolExecutor(1) as pool:
-        ahead = pool.submit(list)
+    with ThreadPoolExecutor(2) as pool:  # while one makes Python lists of its ids, the other has the cores
+        jobs = []
         while batch := list(itertools.islice(pieces, at_once)):
-            done, ahead = ahead, pool.submit(work, batch)
-            yield from done.result()
-        yield from ahead.result()
+            jobs.append(pool.submit(work, batch))
+            if len(jobs) > 2:
+                yield from jobs.pop(0).result()
+        for job in jobs:
+            yield from job.result()
 
 
 def lost(piece, text, backend):
@@ -538,7 +536,7 @@ def replacing(out_dir):
 # ---- all of it ----
 
 def prepare(args):
-    began, out_dir = time.monotonic(), Path(os.path.realpath(args.out_dir))  # a link stays, what it leads to is replaced
+    began, out_dir = time.monotonic(), Path(os.path.realpath(args.out_dir))  # of a link, what it leads to is replaced
     if args.tokenizer and os.path.exists(args.tokenizer) and not os.path.isfile(f"{args.tokenizer}/tokenizer.json"):
         fail(f"--tokenizer {args.tokenizer}: has no tokenizer.json; give the folder of a fast tokenizer, or a hub name")
     with replacing(out_dir) as folder:
@@ -562,7 +560,7 @@ def prepare(args):
         fill_empty_side(folder, total, lowest, marks, args.val_fraction, backend)
         train, val = total["train"]["tokens"], total["val"]["tokens"]
         if not train + val:
-            fail(f"{source}: no text in it" + f", or none within --max_tokens {args.max_tokens}" * bool(args.max_tokens))
+            fail(f"{source}: no text in it" + f" within --max_tokens {args.max_tokens}" * bool(args.max_tokens))
         if min(train, val) < 2:
             fail(f"{source}: too short: {train} training and {val} held-out tokens, and each needs 2; "
                  f"give more text, or another --val_fraction than {args.val_fraction}")
@@ -588,10 +586,8 @@ def describe(folder, total):
 
 
 def is_real(out_dir):
-    try:
+    with contextlib.suppress(OSError, ValueError, LookupError, TypeError):  # what is damaged may be replaced
         return json.loads((out_dir / "meta.json").read_text(encoding="utf-8"))["stand_in"] is None
-    except (OSError, ValueError, LookupError, TypeError):
-        return False
 
 
 def report(out_dir, meta, backend, seconds):
@@ -601,7 +597,7 @@ def report(out_dir, meta, backend, seconds):
     lines = f"""\
 text        {meta['source']}
 tokenizer   {meta['tokenizer']}
-characters  {meta['characters']:,} ({meta['bytes']:,} bytes) in {meta['documents']:,} document{'s'[:meta['documents'] > 1]}
+characters  {meta['characters']:,} ({meta['bytes']:,} bytes) in {meta['documents']:,} document(s)
 tokens      {meta['tokens']:,}: {meta['characters'] / meta['tokens']:.2f} characters per token
 distinct    {meta['distinct_tokens']:,} of {meta['vocab_size']:,} tokens of the vocabulary
 train, val  {meta['train_tokens']:,} and {meta['val_tokens']:,} tokens ({meta['split']})
@@ -611,7 +607,7 @@ written to  {out_dir} in {seconds:.1f} s; the first 300 characters:
 
 next: python train.py config/smollm2.py{f' --data_dir={out_dir}' if out_dir != DEFAULT_OUT_DIR else ''}"""
     encoding = sys.stdout.encoding or "utf-8"
-    print(lines.encode(encoding, "backslashreplace").decode(encoding))
+    print(lines.encode(encoding, "backslashreplace").decode(encoding), flush=True)
     if meta["stand_in"]:
         say(f"""
   **************************************************************************************
@@ -626,6 +622,8 @@ def main(argv=None):
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")  # all cores, also where the caller forks later on
     try:
         prepare(args)
+    except BrokenPipeError:  # `prepare.py | head`: all is done but for the report
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     except KeyboardInterrupt:
         fail(f"stopped by Ctrl-C; {args.out_dir} is as it was", 130)
     except OSError as error:  # disk full, no permission, a name too long

@@ -16,7 +16,7 @@ from pathlib import Path
 
 
 def fail(message, code=1):
-    print(f"sample.py: {message}", file=sys.stderr)
+    print("sample.py:", *str(message).split(), file=sys.stderr)  # in one line, whatever was typed
     raise SystemExit(code)
 
 
@@ -94,9 +94,24 @@ def load(checkpoint, say):
     else:
         model, folder, state = from_pretrained(checkpoint), checkpoint, None
     try:
-        return model, AutoTokenizer.from_pretrained(folder), state
+        return model, AutoTokenizer.from_pretrained(folder, trust_remote_code=False), state
     except Exception as e:
         raise ValueError(f"no tokenizer in {folder}: {str(e).splitlines()[0]}") from None
+
+
+def pick_device(device="auto", dtype="auto"):
+    """The torch.device and the torch.dtype to generate with. Ends the program where the device is not to be had."""
+    import torch
+
+    from train import native_bf16
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        device = torch.zeros(1, device=device).device
+    except (RuntimeError, AssertionError) as e:
+        fail(f"--device {device} is not to be had here: {str(e).splitlines()[0]}", 2)
+    has_bf16 = native_bf16() if device.type == "cpu" else device.type == "cuda" and torch.cuda.get_device_capability()[0] >= 8
+    return device, getattr(torch, dtype if dtype != "auto" else "bfloat16" if has_bf16 else "float32")
 
 
 class Streamer:
@@ -134,15 +149,8 @@ def main(argv=None):
     import torch
 
     from model import generate
-    from train import native_bf16
-    device = args.device if args.device != "auto" else "cuda" if torch.cuda.is_available() else \
-        "mps" if torch.backends.mps.is_available() else "cpu"
-    try:
-        device = torch.zeros(1, device=device).device
-    except (RuntimeError, AssertionError) as e:
-        fail(f"--device {device} is not to be had here: {str(e).splitlines()[0]}", 2)
-    has_bf16 = native_bf16() if device.type == "cpu" else device.type == "cuda" and torch.cuda.get_device_capability()[0] >= 8
-    dtype = getattr(torch, args.dtype if args.dtype != "auto" else "bfloat16" if has_bf16 else "float32")
+    from train import compiler_problem
+    device, dtype = pick_device(args.device, args.dtype)
     try:
         model, tokenizer, _ = load(args.checkpoint, say)
     except ValueError as e:
@@ -151,7 +159,9 @@ def main(argv=None):
     eos = tokenizer.eos_token_id
     ids = tokenizer.encode(prompt, add_special_tokens=False) or [eos]
     generator = torch.Generator(device).manual_seed(args.seed)
-    tokens = generate(model, torch.tensor([ids] * args.num_samples, device=device), args.max_new_tokens,
+    # Compiling takes seconds (the first time ten): it pays for a long text, not for a short answer.
+    compile = device.type == "cpu" and args.max_new_tokens >= 100 and compiler_problem(device) is None
+    tokens = generate(model, torch.tensor([ids] * args.num_samples, device=device), args.max_new_tokens, compile,
                       temperature=args.temperature, top_k=min(args.top_k, model.config.vocab_size), top_p=args.top_p,
                       repetition_penalty=args.repetition_penalty, generator=generator)
     streams = [Streamer(tokenizer, ids, args.stop) for _ in range(args.num_samples)]

@@ -99,7 +99,7 @@ MAY_BE_ZERO = {"seed", "micro_batch_size", "min_lr", "warmup_steps", "lr_decay_s
 
 def usage_error(message):
     """Ends the program: what the user typed is wrong. (sys.exit(text), with code 1, is for all other failures.)"""
-    print(f"train.py: {message}", file=sys.stderr)
+    print("train.py:", *message.split(), file=sys.stderr)  # in one line, whatever was typed
     raise SystemExit(2)
 
 
@@ -118,7 +118,7 @@ def typed(key, value):
             result = kind(value)
         else:
             raise ValueError
-        if kind is float and not math.isfinite(result):
+        if kind is float and not math.isfinite(result) or kind is str and "\0" in result:
             raise ValueError
     except (ValueError, KeyError, OverflowError):
         raise ValueError(f"{key} = {value!r}: expected {kind.__name__}") from None
@@ -333,20 +333,21 @@ def load_data(config, is_first):
     import prepare
 
     folder = Path(config.data_dir)
+    if is_first and folder == Path(prepare.DEFAULT_OUT_DIR) and not (folder / "meta.json").exists():
+        print(f"{folder} is missing: preparing it", flush=True)
+        prepare.main([])
+    if dist.is_initialized():
+        dist.barrier()
     if not (folder / "meta.json").exists():
-        if folder != Path(prepare.DEFAULT_OUT_DIR):
-            usage_error(f"data_dir = {config.data_dir!r} holds no prepared data: python prepare.py --input FILE "
-                        f"--out_dir {config.data_dir}")
-        if is_first:
-            print(f"{folder} is missing: preparing it", flush=True)
-            prepare.main([])
-        if dist.is_initialized():
-            dist.barrier()
+        usage_error(f"data_dir = {config.data_dir!r} holds no prepared data: python prepare.py --input FILE "
+                    f"--out_dir {config.data_dir}")
     try:
         meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
         rest = json.dumps({k: v for k, v in meta.items() if k != "sha256"}, sort_keys=True)
         wrong = [] if hashlib.sha256(rest.encode()).hexdigest() == meta["sha256"] else ["meta.json was changed"]
-        for name in ("train", "val"):
+        wrong += [f"{key} in meta.json is no number" for key in ("vocab_size", "train_tokens", "val_tokens", "val_bytes")
+                  if type(meta[key]) is not int]
+        for name in ("train", "val") if not wrong else ():
             path, ids = folder / f"{name}.bin", meta[f"{name}_tokens"]
             if path.stat().st_size != 2 * ids:
                 wrong.append(f"{name}.bin has {path.stat().st_size:,} bytes, meta.json says {2 * ids:,}")
@@ -395,6 +396,8 @@ def get_batch(data, config, machine, step):
 # A checkpoint is a file of torch.save, then DIGEST_MARK and the sha256 of all before it: torch.load reads over them.
 
 DIGEST_MARK = b"sha256:"
+CHECKPOINT_TYPES = {"step": int, "model": dict, "optimizer": dict, "scaler": dict, "rng": list, "config": dict,
+                    "machine": dict, "data": str, "seconds": float, "best": (dict, type(None))}
 
 
 class HashingFile:
@@ -448,8 +451,13 @@ def read_checkpoint(path, **kwargs):
             raise ValueError(f"{path} is damaged (its sha256 does not fit)")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True, **kwargs)
-        if not {"step", "model", "optimizer", "rng", "config"} <= state.keys():
-            raise ValueError("it lacks keys")
+        if odd := [key for key, kind in CHECKPOINT_TYPES.items() if not isinstance(state.get(key), kind)]:
+            raise ValueError(f"it has no {odd[0]}")
+        with torch.device("meta"):
+            model = SmolLM2(SmolLM2Config(**{key: typed(key, state["config"][key]) for key in MODEL_KEYS}))
+        shapes, wanted = ({k: v.shape for k, v in weights.items()} for weights in (state["model"], model.state_dict()))
+        if shapes != wanted or state["step"] < 0:
+            raise ValueError("its weights or its step do not fit its config")
     except pickle.UnpicklingError:
         raise ValueError(f"{path} is refused: it holds more than tensors and plain values, and could run code") from None
     except Exception as e:
@@ -576,7 +584,10 @@ def write_sample(model, data, config, machine, step):
     """Continues the first held-out tokens, and writes the text to out_dir/samples; returns it."""
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(data.folder / "tokenizer")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(data.folder / "tokenizer", trust_remote_code=False)
+    except Exception as e:  # no reason to lose a run
+        return f"none: no tokenizer in {data.folder / 'tokenizer'}: {str(e).splitlines()[0]}"
     generator = torch.Generator(machine.device).manual_seed(config.seed + step)  # its own: training draws from others
     prompt = torch.from_numpy(data.val[:16].astype(np.int64))[None].to(machine.device)
     with machine.autocast:
@@ -718,12 +729,15 @@ def train(config, machine, model, data, state, stop, say):
     torch.manual_seed(config.seed + machine.rank)
     step, seconds, best, saved = 0, 0.0, None, None  # saved: the step that is on disk
     if state:
-        for key, optimizer in optimizers.items():  # the old state, but the rates and betas of the config
-            optimizer.load_state_dict({**state[key], "param_groups": optimizer.state_dict()["param_groups"]})
-        scaler.load_state_dict(state["scaler"])
-        if len(state["rng"]) == machine.world_size:
-            set_rng_state(state["rng"][machine.rank])
-        step, seconds, best, saved = state["step"], state["seconds"], state["best"], state["step"]
+        try:
+            for key, optimizer in optimizers.items():  # the old state, but the rates and betas of the config
+                optimizer.load_state_dict({**state[key], "param_groups": optimizer.state_dict()["param_groups"]})
+            scaler.load_state_dict(state["scaler"])
+            if len(state["rng"]) == machine.world_size:
+                set_rng_state(state["rng"][machine.rank])
+            step, seconds, best, saved = state["step"], state["seconds"], state["best"], state["step"]
+        except (KeyError, TypeError, ValueError, AttributeError) as e:  # no work of this program
+            sys.exit(f"train.py: the checkpoint does not hold a run: {e!r}")
         state.clear()  # frees its memory
     if machine.compile:
         model.compile_for_training()
@@ -829,14 +843,14 @@ def start_or_resume(overrides, args, say):
         usage_error(f"--resume={source} goes on in {folder}, not in out_dir = {config.out_dir}: give one of them")
     try:
         path, state = load_checkpoint(source, lambda text: say(f"train.py: {text}"))
+        known = {f.name for f in fields(TrainConfig)}
+        old = state and TrainConfig(**{key: typed(key, value) for key, value in state["config"].items() if key in known})
     except ValueError as e:
         sys.exit(f"train.py: {e}: start anew with --overwrite")
     if not state:
         if args.resume == "auto":
             return config, None, {}
         usage_error(f"--resume: there is no checkpoint in {source}; python train.py config/smollm2.py starts a run")
-    known = {f.name for f in fields(TrainConfig)}
-    old = TrainConfig(**{key: typed(key, value) for key, value in state["config"].items() if key in known})
     config = replace(old, **{**overrides, "out_dir": str(folder)})
     changes = {key: (getattr(old, key), getattr(config, key)) for key in known if getattr(old, key) != getattr(config, key)}
     for key in changes.keys() & FIXED_ON_RESUME:
@@ -859,7 +873,8 @@ def main(argv=None):
         if out != Path(TrainConfig.out_dir):
             again, other_out = f"{again}={out}", f" --checkpoint {out}"
         if rank == 0 and (out.is_dir() or args.resume in (None, "auto")):
-            check(TrainConfig(**overrides), world_size)
+            if args.resume is None or not checkpoints(out):  # else the checkpoint has the rest of the config
+                check(TrainConfig(**overrides), world_size)
             out.mkdir(parents=True, exist_ok=True)
             held = lock(out)  # noqa: F841  kept open until the process ends
         config, state, changes = start_or_resume(overrides, args, say)

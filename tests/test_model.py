@@ -12,7 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import model as M
 import train
-from model import KVCache, LinearCrossEntropy, SmolLM2, SmolLM2Config, generate, sample_token
+from model import LinearCrossEntropy, SmolLM2, SmolLM2Config, generate, sample_token
 
 SMALL = dict(vocab_size=211, hidden_size=48, intermediate_size=80, num_hidden_layers=3, num_attention_heads=6,
              num_key_value_heads=2, max_position_embeddings=2048, initializer_range=0.15)
@@ -262,16 +262,17 @@ def greedy_without_cache(m, idx, n):
     return idx
 
 
-def greedy_with_cache(m, idx, n):
-    return torch.cat((idx, torch.stack(list(generate(m, idx, n, temperature=0)), dim=1)), dim=1)
+def greedy_with_cache(m, idx, n, **kwargs):
+    return torch.cat((idx, torch.stack(list(generate(m, idx, n, temperature=0, **kwargs)), dim=1)), dim=1)
 
 
-@pytest.mark.parametrize("kv_heads, prompt_length", [(2, 1), (6, 17)])
-def test_the_cache_changes_no_token_in_400(kv_heads, prompt_length):
+@pytest.mark.parametrize("kv_heads, B, prompt_length, n", [(2, 2, 1, 400), (6, 1, 17, 320), (2, 1, 63, 40), (2, 1, 64, 40),
+                                                          (1, 3, 65, 80), (2, 1, 300, 40)])
+def test_the_cache_changes_no_token_in_hundreds(kv_heads, B, prompt_length, n):
     m = lively(small(num_key_value_heads=kv_heads))
-    prompt = torch.randint(211, (2, prompt_length))
-    found = greedy_with_cache(m, prompt, 400)
-    assert torch.equal(found, greedy_without_cache(m, prompt, 400))
+    prompt = torch.randint(211, (B, prompt_length))
+    found = greedy_with_cache(m, prompt, n)
+    assert torch.equal(found, greedy_without_cache(m, prompt, n))
     assert len(found[0].unique()) > 30  # a text that only repeats itself would prove nothing
 
 
@@ -284,13 +285,33 @@ def test_the_cache_changes_no_token_at_full_size(full_size):
     assert len(found[0, 20:].unique()) > 10
 
 
-def test_the_logits_with_a_cache_are_those_without():
-    m = lively(small())
-    ids = torch.randint(211, (3, 50))
-    cache = KVCache(m.config, 3, 50, "cpu", torch.float32)
+@pytest.mark.parametrize("B, T, dtype, tolerance", [(1, 20, torch.float32, 1e-4), (3, 70, torch.float32, 1e-4),
+                                                    (2, 20, torch.bfloat16, 0.1)])
+def test_the_logits_with_a_cache_are_those_without(B, T, dtype, tolerance, monkeypatch):
+    m, logits = lively(small()).to(dtype), []
+    ids = torch.randint(211, (B, T + 150))
+
+    def next_of_ids(found, seen, **_):
+        assert torch.equal(seen, ids[:, :seen.size(1)])
+        logits.append(found.float())
+        return ids[:, seen.size(1)]
+    monkeypatch.setattr(M, "sample_token", next_of_ids)
+    assert torch.equal(torch.stack(list(generate(m, ids[:, :T], 150)), dim=1), ids[:, T:])
     with torch.no_grad():
-        parts = [m(ids[:, :20], cache=cache)[0]] + [m(ids[:, i:i + 1], cache=cache)[0] for i in range(20, 50)]
-        assert (torch.cat(parts, dim=1) - m(ids)[0]).abs().max().item() < 1e-4
+        expected = m.float()(ids)[0][:, T - 1:-1]
+    assert expected.std().item() > 0.3 and (torch.stack(logits, dim=1) - expected).abs().max().item() < tolerance
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("B", [1, 2])
+def test_compiled_generation_changes_no_token(B):
+    if problem := train.compiler_problem(torch.device("cpu")):
+        pytest.skip(f"no compiler here: {problem}")
+    m = lively(small())
+    prompt = torch.randint(211, (B, 50))
+    found = greedy_with_cache(m, prompt, 250, compile=True)
+    torch._dynamo.reset()
+    assert torch.equal(found, greedy_without_cache(m, prompt, 250))
 
 
 def test_more_positions_than_the_model_has_are_a_clear_error():

@@ -145,10 +145,10 @@ def test_ctrl_c_before_the_first_step_is_quiet(start_train):
     assert "Traceback" not in process.log.read_text()
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float16"])
-def test_other_dtypes_resume_to_the_bit(dtype, run_train, resume):
+@pytest.mark.parametrize("keys", [["dtype=float32"], ["dtype=float16"], ["optimizer=muon", "lr_schedule=wsd"]])
+def test_other_dtypes_and_optimizers_resume_to_the_bit(keys, run_train, resume):
     """float16: the gradient scaler's state is part of it."""
-    keys = [f"--dtype={dtype}", "--learning_rate=1e-3", "--lr_decay_steps=9"]
+    keys = [f"--{key}" for key in keys] + ["--learning_rate=1e-3", "--lr_decay_steps=9"]
     assert run_train("--max_steps=9", *keys, "--out_dir=whole").code == 0
     assert run_train("--max_steps=5", *keys).code == 0
     assert resume("--max_steps=9").code == 0
@@ -257,13 +257,10 @@ def test_other_data_are_refused_unless_named(finished, resume, data_dir):
     train.write_checkpoint(finished / "step_000008.pt", state)
     assert_refused(resume("--max_steps=9"), "not the data", "--data_dir", code=1)
     result = resume("--max_steps=9", "--data_dir=other")
-    assert result.code == 0 and "data 00000000 → " in result.out, result
+    assert result.code == 0 and "data 00000000" in result.out, result
 
 
 # ----------------------------------------------------------------------------------------------- damaged checkpoints
-
-
-SIZE = 19_200_000  # about; each offset below lies in another part of the file
 
 
 @pytest.mark.parametrize("damage", [lambda p: os.truncate(p, p.stat().st_size - 1), lambda p: os.truncate(p, 1000),
@@ -318,14 +315,17 @@ def test_a_checkpoint_with_code_in_it_is_refused_and_does_not_run(with_digest, r
 
 def test_a_checkpoint_is_written_whole_or_not_at_all(finished, resume, monkeypatch, eight_steps):
     """A full disk in the middle of a save: one line, and what was there stays."""
-    real = train.HashingFile.write
+    class FullDisk:
+        def __init__(self, file):
+            self.file, self.left, self.flush = file, 5_000_000, file.flush
 
-    def write(self, part, left=[5_000_000]):
-        left[0] -= len(part)
-        if left[0] < 0:
-            raise OSError(28, os.strerror(28))
-        return real(self, part)
-    monkeypatch.setattr(train.HashingFile, "write", write)
+        def write(self, part):
+            self.left -= len(part)
+            if self.left < 0:
+                raise OSError(28, os.strerror(28))
+            return self.file.write(part)
+    real = train.HashingFile.__init__
+    monkeypatch.setattr(train.HashingFile, "__init__", lambda self, file: real(self, FullDisk(file)))
     assert_refused(resume("--max_steps=12"), "No space left on device", "--resume", code=1)
     assert train.checkpoints(finished)[-1].name == "step_000008.pt"
     assert_same_bits(finished / "step_000008.pt", eight_steps / "step_000008.pt")

@@ -48,9 +48,11 @@ or, with the `sample.py` of the project that trained it: `python sample.py --che
 
 ## Recipe
 
+```python
 {recipe}
+```
 
-{machine}
+Made with {machine}.
 """
 
 
@@ -107,12 +109,11 @@ def losses_of(state, meta, name, folder):
 
 def write_card(folder, state, parameters, dtype, name):
     config, meta, step = state["config"], read_meta(state), state["step"]
+    config = {key: os.path.basename(os.path.normpath(value)) if os.path.isabs(str(value)) else value
+              for key, value in config.items() if key != "out_dir"}  # this machine's folders are nobody's business
     init = config["init_from"]
-    if init and (os.path.exists(init) or not re.fullmatch(REPO, init)):  # a folder: its path is nobody's business
-        init = os.path.basename(os.path.normpath(init))
-    config = {**config, "init_from": init, "data_dir": os.path.basename(os.path.normpath(config["data_dir"]))}
     front = ["library_name: transformers", "pipeline_tag: text-generation", "tags:", "- llama", "- smollm2"]
-    front += [f"base_model: {init}"] if re.fullmatch(REPO, init) else []
+    front += [f"base_model: {init}"] if re.fullmatch(REPO, init) and not os.path.exists(init) else []
     data = f"Source: `{meta.get('source', 'unknown (the data are gone, or others by now)')}`"
     if meta:
         seen = step * config["batch_size"] * config["block_size"]
@@ -127,7 +128,7 @@ def write_card(folder, state, parameters, dtype, name):
         warning="\n> [!WARNING]\n> **STAND-IN DATA.** The real " + meta["stand_in"] + " could not be fetched when the data "
                 "were prepared. This model is a try, not a result.\n" if meta.get("stand_in") else "",
         losses=losses_of(state, meta, name, folder),
-        recipe=table(["key", "value"], [[f"`{k}`", f"`{v!r}`"] for k, v in config.items() if k != "out_dir"]),
+        recipe="\n".join(f"{key} = {value!r}" for key, value in config.items()),
         machine=", ".join(f"{key} {value}" for key, value in state["machine"].items())), encoding="utf-8")
 
 
@@ -153,6 +154,7 @@ def export(args, say):
             {**tokens, "do_sample": True, "temperature": 0.8, "top_k": 50}, indent=2))  # as sample.py
         write_card(folder, state, sum(p.numel() for p in model.parameters()), args.dtype, name)
         args.folder.mkdir(exist_ok=True)
+        (folder / "model.safetensors").chmod((folder / "config.json").stat().st_mode)  # safetensors shuts others out
         for file in folder.iterdir():
             os.replace(file, args.folder / file.name)
 

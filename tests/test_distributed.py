@@ -1,0 +1,177 @@
+"""Many processes: the losses of one, the same bits after every stop, and an end for all when one fails."""
+import os
+import signal
+import socket
+import time
+
+import pytest
+from conftest import differences
+
+import train
+from tests.torture import (ROOT, RUN, Process, descendants, expect, intact, last_step, lost_bits, make_data,
+                           run_main, saving)
+
+STEPS = 40
+pytestmark = pytest.mark.slow
+
+
+def free_port():
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def torchrun(folder, *argv, agent=("--standalone", "--nproc_per_node=2"), script=ROOT / "train.py", **env):
+    """A torchrun of train.py in folder; ends with all its workers when its block ends."""
+    return Process(["-m", "torch.distributed.run", *agent, script, *argv], folder, **env)
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory):
+    """Prepared data, and the run of two processes that nothing disturbs: its folder and what it has printed."""
+    folder = tmp_path_factory.mktemp("distributed")
+    data = make_data(folder / "data")
+    with torchrun(folder, *RUN, f"--data_dir={data}", f"--out_dir={folder / 'two'}", f"--max_steps={STEPS}") as p:
+        expect(p.wait() == 0, p.text)
+        text = p.text
+    return folder, data, folder / "two", text
+
+
+def keys(data, *more):
+    return [*RUN, f"--data_dir={data}", "--out_dir=out", f"--max_steps={STEPS}", "--resume=auto", *more]
+
+
+def test_two_processes_have_the_losses_of_one(shared, tmp_path):
+    folder, data, two, text = shared
+    done = run_main(train.main, *RUN, f"--data_dir={data}", f"--out_dir={tmp_path / 'one'}", f"--max_steps={STEPS}",
+                    "--micro_batch_size=1")
+    assert done.code == 0, done.err
+    one, two = (train.read_checkpoint(out / f"step_{STEPS:06d}.pt") for out in (tmp_path / "one", two))
+    import json
+    lines = [[json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()] for out in (tmp_path / "one", folder / "two")]
+    for a, b in zip(*lines, strict=True):
+        for key in ("loss", "grad_norm", *(["val_loss"] if "val_loss" in a else [])):
+            assert a[key] == pytest.approx(b[key], rel=2e-4), (a, b)
+    assert lines[0][0]["loss"] == pytest.approx(lines[1][0]["loss"], rel=1e-6)
+    assert [line["step"] for line in lines[1]] == list(range(1, STEPS + 1))
+    assert len(one["rng"]) == 1 and len(two["rng"]) == 2 and differences(two["rng"][0], two["rng"][1])
+    assert two["machine"]["processes"] == 2
+
+
+def test_one_process_writes_and_prints(shared):
+    folder, _, two, text = shared
+    assert text.count("device   cpu") == text.count(f"step {STEPS}/{STEPS} |") == text.count("done: ") == 1, text
+    assert "2 process(es)" in text and "Traceback" not in text
+    assert {p.name for p in two.iterdir()} - {"tensorboard"} == {".lock", "metrics.jsonl", *intact(two)}
+
+
+def test_killed_at_two_processes_resumes_to_the_same_bits(shared, tmp_path):
+    _, data, two, _ = shared
+    out = tmp_path / "out"
+    with torchrun(tmp_path, *keys(data)) as p:
+        p.until(lambda: last_step(out) >= 12)
+        p.kill()  # the whole of it, as when a machine loses its power
+    assert 10 <= train.step_of(train.checkpoints(out)[-1]) < STEPS and not list(descendants(p.pid))
+    with torchrun(tmp_path, *keys(data)) as p:
+        expect(p.wait() == 0 and "going on from" in p.text and "no longer the same" not in p.text, p.text)
+    assert lost_bits(two, out) == 0
+
+
+def test_killed_worker_is_restarted_and_goes_on_by_itself(shared, tmp_path):
+    _, data, two, _ = shared
+    out = tmp_path / "out"
+    with torchrun(tmp_path, *keys(data), agent=("--standalone", "--nproc_per_node=2", "--max-restarts=3")) as p:
+        for rank, step in (("1", 12), ("0", 24)):
+            p.until(lambda: last_step(out) >= step)
+            (worker,) = [pid for pid in descendants(p.pid) if f"\0RANK={rank}\0" in "\0" + environment(pid)]
+            os.kill(worker, signal.SIGKILL)
+        expect(p.wait() == 0, p.text)
+        assert p.text.count("going on from") >= 2, p.text
+    assert lost_bits(two, out) == 0
+
+
+def environment(pid):
+    try:
+        with open(f"/proc/{pid}/environ") as f:
+            return f.read()
+    except OSError:
+        return ""
+
+
+def test_sigterm_to_torchrun_saves(shared, tmp_path):
+    _, data, two, _ = shared
+    out = tmp_path / "out"
+    with torchrun(tmp_path, *keys(data)) as p:
+        p.until(lambda: last_step(out) >= 12)
+        at = last_step(out)
+        p.signal(signal.SIGTERM, group=False)
+        code = p.wait(60)
+        assert code != 0 and "stopped at step" in p.text, p.text
+    (newest,) = train.checkpoints(out)[-1:]
+    assert at <= train.step_of(newest) <= at + 6 and f"{newest.name} is written" in p_text(newest, out), newest
+    with torchrun(tmp_path, *keys(data)) as p:
+        expect(p.wait() == 0, p.text)
+    assert lost_bits(two, out) == 0
+
+
+def p_text(newest, out):
+    return f"{newest.name} is written" if intact(out) and not saving(out) else ""
+
+
+def test_two_nodes_run_and_resume(shared, tmp_path):
+    _, data, two, _ = shared
+    out = tmp_path / "out"
+
+    def node(rank, *more):
+        agent = ("--nnodes=2", "--nproc_per_node=1", "--rdzv_backend=static", f"--node_rank={rank}", "--master_addr=127.0.0.1",
+                 f"--master_port={port}", "--max-restarts=0")
+        return torchrun(tmp_path, *keys(data, *more), agent=agent)
+    port = free_port()
+    with node(0) as a, node(1) as b:
+        a.until(lambda: last_step(out) >= 12)
+        for p in (a, b):
+            p.kill()
+    port = free_port()
+    with node(0) as a, node(1) as b:
+        expect(a.wait() == 0, a.text, b.text)
+        expect(b.wait() == 0, b.text)
+        expect("going on from" in a.text and "step " not in b.text, a.text, b.text)
+    assert lost_bits(two, out) == 0
+
+
+def test_batch_that_does_not_divide_is_an_error(shared, tmp_path):
+    _, data, _, _ = shared
+    with torchrun(tmp_path, *keys(data, "--batch_size=3")) as p:
+        assert p.wait(60) != 0
+        assert "batch_size = 3: not a multiple of the 2 processes" in p.text, p.text
+    assert not train.checkpoints(tmp_path / "out")
+
+
+def test_error_in_one_process_ends_all_with_it(shared, tmp_path):
+    """The second process has another data folder, which lacks a file: it says so, and nobody waits for it."""
+    _, data, _, _ = shared
+    script = tmp_path / "worker.py"
+    script.write_text(f"import os, runpy, sys\nsys.path.insert(0, {str(ROOT)!r})\n"
+                      f"if os.environ['RANK'] == '1':\n    os.chdir({str(tmp_path / 'elsewhere')!r})\n"
+                      f"runpy.run_path({str(ROOT / 'train.py')!r}, run_name='__main__')\n")
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "data").symlink_to(data, target_is_directory=True)
+    began = time.monotonic()
+    with torchrun(tmp_path, *RUN, "--data_dir=data", f"--out_dir={tmp_path / 'out'}", script=script) as p:
+        assert p.wait(60) != 0
+        assert "'data' holds no prepared data" in p.text, p.text
+        assert time.monotonic() - began < 50 and not train.checkpoints(tmp_path / "out")
+
+
+def test_nothing_is_left_running():
+    """The tests above end what they start, workers in sessions of their own included."""
+    mine = [pid for pid in descendants(os.getpid()) if "torch.distributed.run" in " ".join(command(pid))]
+    assert not mine, [command(pid) for pid in mine]
+
+
+def command(pid):
+    try:
+        with open(f"/proc/{pid}/cmdline") as f:
+            return f.read().split("\0")
+    except OSError:
+        return []
