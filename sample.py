@@ -11,7 +11,6 @@ import argparse
 import os
 import signal
 import sys
-from contextlib import nullcontext
 from pathlib import Path
 
 
@@ -96,7 +95,7 @@ def load(checkpoint, say):
     try:
         return model, AutoTokenizer.from_pretrained(folder, trust_remote_code=False), state
     except Exception as e:
-        raise ValueError(f"no tokenizer in {folder}: {str(e).splitlines()[0]}") from None
+        raise ValueError(f"no tokenizer in {folder}: {(str(e) or repr(e)).splitlines()[0]}") from None
 
 
 def pick_device(device="auto", dtype="auto"):
@@ -109,7 +108,7 @@ def pick_device(device="auto", dtype="auto"):
     try:
         device = torch.zeros(1, device=device).device
     except (RuntimeError, AssertionError) as e:
-        fail(f"--device {device} is not to be had here: {str(e).splitlines()[0]}", 2)
+        fail(f"--device {device} is not to be had here: {(str(e) or repr(e)).splitlines()[0]}", 2)
     has_bf16 = native_bf16() if device.type == "cpu" else device.type == "cuda" and torch.cuda.get_device_capability()[0] >= 8
     return device, getattr(torch, dtype if dtype != "auto" else "bfloat16" if has_bf16 else "float32")
 

@@ -274,7 +274,7 @@ def set_up_machine(config):
         device = torch.device(f"cuda:{local_rank}" if name == "cuda" else name)
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError) as e:
-        usage_error(f"device = {name!r} is not to be had here: {str(e).splitlines()[0]}")
+        usage_error(f"device = {name!r} is not to be had here: {(str(e) or repr(e)).splitlines()[0]}")
     if device.type == "cuda":
         major, minor = torch.cuda.get_device_capability(device)
         best, why = ("bfloat16", "") if major >= 8 else ("float16", f"compute capability {major}.{minor} emulates bf16")
@@ -461,7 +461,7 @@ def read_checkpoint(path, **kwargs):
     except pickle.UnpicklingError:
         raise ValueError(f"{path} is refused: it holds more than tensors and plain values, and could run code") from None
     except Exception as e:
-        raise ValueError(f"{path} is not a checkpoint of train.py: {str(e).splitlines()[0]}") from None
+        raise ValueError(f"{path} is not a checkpoint of train.py: {(str(e) or repr(e)).splitlines()[0]}") from None
     return state
 
 
@@ -587,7 +587,7 @@ def write_sample(model, data, config, machine, step):
     try:
         tokenizer = AutoTokenizer.from_pretrained(data.folder / "tokenizer", trust_remote_code=False)
     except Exception as e:  # no reason to lose a run
-        return f"none: no tokenizer in {data.folder / 'tokenizer'}: {str(e).splitlines()[0]}"
+        return f"none: no tokenizer in {data.folder / 'tokenizer'}: {(str(e) or repr(e)).splitlines()[0]}"
     generator = torch.Generator(machine.device).manual_seed(config.seed + step)  # its own: training draws from others
     prompt = torch.from_numpy(data.val[:16].astype(np.int64))[None].to(machine.device)
     with machine.autocast:
@@ -627,11 +627,12 @@ class Metrics:
         except ImportError:
             self.events = None
 
-    def write(self, **values):
+    def write(self, device, **values):
         self.file.write(json.dumps(values).encode() + b"\n")
         if self.events:
-            for key in [key for key, value in values.items() if key != "step" and value is not None]:
-                self.events.add_scalar(key, values[key], values["step"])
+            for key, value in {**values, "memory_gb": peak_memory(device)}.items():
+                if key != "step" and value is not None:
+                    self.events.add_scalar(key, value, values["step"])
             self.events.flush()
 
 
@@ -809,8 +810,7 @@ def train(config, machine, model, data, state, stop, say):
             if bar.disable:
                 say(f"step {step}/{config.max_steps} | {text} | {clock(seconds)} trained, {clock(left)} left")
         if machine.rank == 0 and (step == 1 or due(config.log_interval) or "val_loss" in line):
-            metrics.write(**line, tokens=step * tokens_per_step, tokens_per_sec=speed, seconds=seconds,
-                          memory_gb=peak_memory(machine.device))
+            metrics.write(machine.device, **line, tokens=step * tokens_per_step, tokens_per_sec=speed, seconds=seconds)
         if due(config.log_interval) or step == begin_step + 1:
             spent, tokens = 0.0, 0
         if due(config.sample_interval) and machine.rank == 0:
@@ -905,6 +905,12 @@ def main(argv=None):
             say("no longer the same run to the bit, since these differ: " +
                 ", ".join(f"{key} {old} → {new}" for key, (old, new) in sorted(changes.items())))
         step = state["step"] if state else 0
+        if world_size > 1:
+            starts = [None] * world_size
+            dist.all_gather_object(starts, (step, data.fingerprint(), {**asdict(config), "out_dir": "", "data_dir": ""}))
+            if other := [rank for rank in range(world_size) if starts[rank] != starts[0]]:
+                sys.exit(f"train.py: process 0 is at step {starts[0][0]}, process {other[0]} at step {starts[other[0]][0]}, or "
+                         "data or settings differ: every machine needs the same command, data_dir and (to resume) out_dir")
         if rank == 0:
             clear_room(config, step, args.overwrite, model)
             banner(config, machine, model, data, step, say)

@@ -4,6 +4,7 @@ The real text and tokenizer come from the folder in SMOLLM2_TEST_DATA (with inpu
 cache, or from the network. Where none has them, most tests run on prepare.py's stand-in, and the rest are skipped.
 """
 import contextlib
+import gc
 import io
 import json
 import os
@@ -103,7 +104,8 @@ def resume(data_dir):
 def run_main(main, *argv, stdin=b""):
     """Runs a script's main as its process would, but here: saves the seconds that importing torch takes."""
     before = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
-    out, err, source = (io.TextIOWrapper(io.BytesIO(b), encoding="utf-8", write_through=True) for b in (b"", b"", stdin))
+    out, err, source = (io.TextIOWrapper(io.BytesIO(raw), encoding="utf-8", write_through=True)
+                        for raw in (b"", b"", stdin))
     real_stdin, sys.stdin, code = sys.stdin, source, 0
     try:
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
@@ -119,6 +121,7 @@ def run_main(main, *argv, stdin=b""):
         for signum, handler in before.items():
             signal.signal(signum, handler)
         torch.use_deterministic_algorithms(False)
+        gc.collect()  # the lock on out_dir goes with its file, and an error's traceback may hold that
     return Result(code, out.buffer.getvalue().decode(), err.buffer.getvalue().decode())
 
 
@@ -164,7 +167,9 @@ def metrics(out_dir):
 
 
 def untimed(out_dir):
-    return [{k: v for k, v in line.items() if k not in ("tokens_per_sec", "seconds", "memory_gb")} for line in metrics(out_dir)]
+    """The lines of metrics.jsonl without what the machine adds to them."""
+    aside = ("tokens_per_sec", "seconds", "memory_gb")
+    return [{k: v for k, v in line.items() if k not in aside} for line in metrics(out_dir)]
 
 
 def read(path):

@@ -9,7 +9,7 @@ from conftest import differences
 
 import train
 from tests.torture import (ROOT, RUN, Process, descendants, expect, intact, last_step, lost_bits, make_data,
-                           run_main, saving)
+                           run_main)
 
 STEPS = 40
 pytestmark = pytest.mark.slow
@@ -106,37 +106,40 @@ def test_sigterm_to_torchrun_saves(shared, tmp_path):
         at = last_step(out)
         p.signal(signal.SIGTERM, group=False)
         code = p.wait(60)
+        newest = train.checkpoints(out)[-1]
         assert code != 0 and "stopped at step" in p.text, p.text
-    (newest,) = train.checkpoints(out)[-1:]
-    assert at <= train.step_of(newest) <= at + 6 and f"{newest.name} is written" in p_text(newest, out), newest
+        assert f"{newest.name} is written" in p.text and at <= train.step_of(newest) <= at + 6 and intact(out), p.text
     with torchrun(tmp_path, *keys(data)) as p:
         expect(p.wait() == 0, p.text)
     assert lost_bits(two, out) == 0
 
 
-def p_text(newest, out):
-    return f"{newest.name} is written" if intact(out) and not saving(out) else ""
+def node(folder, rank, port, *argv):
+    """One of two machines: a torchrun of its own, which finds the other one by address and port."""
+    return torchrun(folder, *argv, agent=("--nnodes=2", "--nproc_per_node=1", "--rdzv_backend=static", f"--node_rank={rank}",
+                                          "--master_addr=127.0.0.1", f"--master_port={port}"))
 
 
 def test_two_nodes_run_and_resume(shared, tmp_path):
     _, data, two, _ = shared
-    out = tmp_path / "out"
-
-    def node(rank, *more):
-        agent = ("--nnodes=2", "--nproc_per_node=1", "--rdzv_backend=static", f"--node_rank={rank}", "--master_addr=127.0.0.1",
-                 f"--master_port={port}", "--max-restarts=0")
-        return torchrun(tmp_path, *keys(data, *more), agent=agent)
-    port = free_port()
-    with node(0) as a, node(1) as b:
+    out, port = tmp_path / "out", free_port()
+    with node(tmp_path, 0, port, *keys(data)) as a, node(tmp_path, 1, port, *keys(data)) as b:
         a.until(lambda: last_step(out) >= 12)
         for p in (a, b):
             p.kill()
     port = free_port()
-    with node(0) as a, node(1) as b:
+    with node(tmp_path, 0, port, *keys(data)) as a, node(tmp_path, 1, port, *keys(data)) as b:
         expect(a.wait() == 0, a.text, b.text)
         expect(b.wait() == 0, b.text)
         expect("going on from" in a.text and "step " not in b.text, a.text, b.text)
     assert lost_bits(two, out) == 0
+    # A second machine that does not see the checkpoints would start at step 0: refused, where it once hung.
+    port, more = free_port(), keys(data, f"--max_steps={STEPS + 10}")
+    before = intact(out)
+    with node(tmp_path, 0, port, *more) as a, node(tmp_path / "without", 1, port, *more) as b:
+        assert a.wait(60) != 0 and b.wait(60) != 0
+        expect(f"process 0 is at step {STEPS}, process 1 at step 0" in a.text, a.text, b.text)
+    assert intact(out) == before
 
 
 def test_batch_that_does_not_divide_is_an_error(shared, tmp_path):

@@ -1,4 +1,4 @@
-"""Exact resume: a run stopped at any instant, in any way, and resumed ends with the bits of one that was never stopped."""
+"""Exact resume: a run that was stopped, in any way, and resumed ends with the bits of one that was never stopped."""
 import os
 import pickle
 import shutil
@@ -13,7 +13,8 @@ import train
 from test_train import assert_refused, flip
 
 # Everything that could shift the run: evaluation, samples, micro-batches, the best checkpoint, several epochs.
-LONG = ["--max_steps=60", "--checkpoint_interval=10", "--eval_interval=7", "--sample_interval=9", "--micro_batch_size=2"]
+LONG = ["--max_steps=60", "--checkpoint_interval=10", "--eval_interval=7", "--sample_interval=9",
+        "--micro_batch_size=2"]
 LAST = "step_000060.pt"
 
 
@@ -156,7 +157,7 @@ def test_other_dtypes_and_optimizers_resume_to_the_bit(keys, run_train, resume):
     assert untimed("whole") == untimed("out")
 
 
-def test_steps_after_a_resume_at_an_older_checkpoint_repeat_and_the_later_ones_are_set_aside(finished, resume, eight_steps):
+def test_from_an_older_checkpoint_the_steps_repeat_and_later_files_are_set_aside(finished, resume, eight_steps):
     assert resume("--resume=out/step_000004.pt").code == 0
     assert_same_bits(finished / "step_000008.pt", eight_steps / "step_000008.pt")
     assert untimed(finished) == untimed(eight_steps)
@@ -238,12 +239,14 @@ def test_another_number_of_threads_is_named(finished, resume):
 
 
 def test_other_intervals_are_no_change_of_the_run(finished, resume):
-    result = resume("--max_steps=10", "--eval_interval=5", "--sample_interval=0", "--keep_checkpoints=1", "--log_interval=2")
+    result = resume("--max_steps=10", "--eval_interval=5", "--sample_interval=0", "--keep_checkpoints=1",
+                    "--log_interval=2")
     assert result.code == 0 and "no longer the same run" not in result.out
     assert [p.name for p in train.checkpoints("out")] == ["step_000010.pt"]
 
 
-@pytest.mark.parametrize("key, old, new", [("hidden_size", 32, 64), ("vocab_size", 49152, 50000), ("rope_theta", 1e5, 1e4)])
+@pytest.mark.parametrize("key, old, new", [("hidden_size", 32, 64), ("vocab_size", 49152, 50000),
+                                            ("rope_theta", 1e5, 1e4)])
 def test_another_model_is_refused(finished, resume, key, old, new):
     assert_refused(resume(f"--{key}={new}", "--max_steps=10"), f"{key} = {old}", str(new), code=1)
 
@@ -263,12 +266,13 @@ def test_other_data_are_refused_unless_named(finished, resume, data_dir):
 # ----------------------------------------------------------------------------------------------- damaged checkpoints
 
 
+PLACES = [0, 100, 1_000_000, 15_000_000, -5000, -200, -41, -33, -1]  # of 19 MB
+
+
 @pytest.mark.parametrize("damage", [lambda p: os.truncate(p, p.stat().st_size - 1), lambda p: os.truncate(p, 1000),
                                     lambda p: os.truncate(p, 0), lambda p: p.write_bytes(b"<html>404</html>" * 100),
-                                    *[lambda p, at=at: flip(p, at) for at in (0, 100, 1_000_000, 15_000_000, -1, -33, -41,
-                                                                              -200, -5000)]],
-                         ids=["short", "1000 bytes", "empty", "html", *[f"bit at {at}" for at in (
-                             0, 100, 1_000_000, 15_000_000, -1, -33, -41, -200, -5000)]])
+                                    *[lambda p, at=at: flip(p, at) for at in PLACES]],
+                         ids=["short", "1000 bytes", "empty", "html", *[f"bit at {at}" for at in PLACES]])
 def test_where_the_newest_checkpoint_is_damaged_the_one_before_is_used(damage, finished, resume, eight_steps):
     newest = finished / "step_000008.pt"
     damage(newest)

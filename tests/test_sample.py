@@ -61,7 +61,8 @@ def test_standard_output_is_the_prompt_and_the_text_and_nothing_else(trained, to
     model = M.SmolLM2(M.SmolLM2Config(**{key: state["config"][key] for key in train.MODEL_KEYS}))
     model.load_state_dict(state["model"])
     ids = tokenizer.encode(PROMPT)
-    tokens = M.generate(model, torch.tensor([ids]), 30, temperature=0.8, top_k=50, generator=torch.Generator().manual_seed(5))
+    tokens = M.generate(model, torch.tensor([ids]), 30, temperature=0.8, top_k=50,
+                        generator=torch.Generator().manual_seed(5))
     assert text_of(result) == tokenizer.decode(ids + [t.item() for t in tokens]) + "\n"
     assert result.err.splitlines() == [f"{trained}/step_000008.pt: step 8"]
 
@@ -117,7 +118,8 @@ def test_several_samples_are_several_texts(trained):
 def test_stop_ends_before_the_text(trained):
     whole = text_of(run_sample("--prompt=And", "--max_new_tokens=60", checkpoint=trained))
     stop = whole[len(whole) // 2:len(whole) // 2 + 6]  # a text that comes, cut anywhere in its tokens
-    cut = text_of(run_sample("--prompt=And", "--max_new_tokens=60", f"--stop={stop}", "--stop=not in it", checkpoint=trained))
+    cut = text_of(run_sample("--prompt=And", "--max_new_tokens=60", f"--stop={stop}", "--stop=not in it",
+                             checkpoint=trained))
     assert cut == whole[:whole.index(stop, 3)] + "\n"
 
 
@@ -153,7 +155,8 @@ def stream(tokenizer, prompt, text, stops=()):
     return pieces, ids[len(before):]
 
 
-@pytest.mark.parametrize("text", ["naïve café, déjà vu", "🙂🙃 and 👩‍👩‍👧‍👦", "日本語のテキスト。", "𝔘𝔫𝔦𝔠𝔬𝔡𝔢 Ω≈ç√∫˜µ", "plain ASCII\n\n  text "])
+@pytest.mark.parametrize("text", ["naïve café, déjà vu", "🙂🙃 and 👩‍👩‍👧‍👦", "日本語のテキスト。",
+                                  "𝔘𝔫𝔦𝔠𝔬𝔡𝔢 Ω≈ç√∫˜µ", "plain ASCII\n\n  text "])
 @pytest.mark.parametrize("prompt", ["", "Say: ", "🙂"])
 def test_characters_split_over_tokens_come_out_whole(real_tokenizer, prompt, text):
     pieces, ids = stream(real_tokenizer, prompt, text)
@@ -220,10 +223,12 @@ def assert_refused(result, *fragments, code):
 
 
 @pytest.mark.parametrize("argv, fragment", [
-    (["--temperature=-1"], "--temperature"), (["--temperature=nan"], "--temperature"), (["--temperature=hot"], "--temperature"),
+    (["--temperature=-1"], "--temperature"), (["--temperature=nan"], "--temperature"),
+    (["--temperature=hot"], "--temperature"),
     (["--top_k=-1"], "--top_k"), (["--top_k=1.5"], "--top_k"), (["--top_p=1.1"], "--top_p"),
     (["--repetition_penalty=0"], "--repetition_penalty"), (["--max_new_tokens=0"], "--max_new_tokens"),
-    (["--num_samples=0"], "--num_samples"), (["--seed=-1"], "--seed"), (["--stop="], "--stop"), (["--dtype=int8"], "int8"),
+    (["--num_samples=0"], "--num_samples"), (["--seed=-1"], "--seed"), (["--stop="], "--stop"),
+    (["--dtype=int8"], "int8"),
     (["--device=tpu9"], "tpu9"), (["--temprature=1"], "--temprature"), (["--prompt"], "--prompt"),
     (["ROMEO:"], "ROMEO:"), (["--prompt=\udcff"], "not UTF-8"),
 ], ids=lambda value: value[0].encode("utf-8", "replace").decode() if isinstance(value, list) else "")
@@ -248,12 +253,14 @@ def test_without_a_checkpoint_a_real_process_says_so_without_a_traceback():
 
 def test_more_tokens_than_the_model_has_positions_are_a_clear_error(trained):
     result = run_sample("--prompt=And so", "--max_new_tokens=256", checkpoint=trained)
-    assert result.code == 1 and "do not fit into the model's 256 positions" in result.err and "Traceback" not in result.err
+    assert result.code == 1 and "do not fit into the model's 256 positions" in result.err
+    assert "Traceback" not in result.err
     assert result.out.strip() in ("", "And so")
 
 
-@pytest.mark.parametrize("change, named", [({"attention_bias": True}, "attention_bias"), ({"hidden_act": "gelu"}, "hidden_act"),
-                                           ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, "rope_type")])
+@pytest.mark.parametrize("change, named", [
+    ({"attention_bias": True}, "attention_bias"), ({"hidden_act": "gelu"}, "hidden_act"),
+    ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, "rope_type")])
 def test_a_folder_of_another_architecture_is_refused_by_name(hf_folder, change, named, tmp_path):
     folder = Path(shutil.copytree(hf_folder, tmp_path / "copy"))
     config = json.loads((folder / "config.json").read_text())

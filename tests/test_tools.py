@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 import urllib.request
+from pathlib import Path
 
 import pytest
 import torch
@@ -52,7 +53,7 @@ def test_transformers_loads_an_export_and_gives_the_same_logits(run_dir, tokeniz
     idx = torch.randint(0, 49152, (2, 60), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         a, b = ours(idx)[0].float(), theirs(idx).logits.float()
-    assert (a - b).abs().max() <= (1e-4 if dtype == "float32" else 0.03) * b.abs().max()
+    assert (a - b).abs().max() <= (1e-5 if dtype == "float32" else 0.03) * b.abs().max()
     text = "First Citizen:\n  To be, or not to be? 1234 …été\n\n<|endoftext|>"
     assert AutoTokenizer.from_pretrained("exported").encode(text) == tokenizer.encode(text)
     assert theirs.generation_config.eos_token_id == tokenizer.eos_token_id
@@ -64,7 +65,7 @@ def test_sample_and_training_go_on_from_an_export(run_dir, data_dir):
     texts = [run_main(sample.main, "--checkpoint", name, *args).out for name in (run_dir, "exported")]
     assert texts[0].startswith("To be") and texts[0] == texts[1]
     recipe = (ROOT / "config" / "finetune_shakespeare.py").read_text().replace("HuggingFaceTB/SmolLM2-135M", "exported")
-    open("recipe.py", "w").write(recipe)
+    Path("recipe.py").write_text(recipe)
     done = run_main(train.main, "recipe.py", f"--data_dir={data_dir}", "--max_steps=2", "--compile=false", "--batch_size=2",
                     "--block_size=16", "--eval_tokens=64", "--log_interval=1")
     assert done.code == 0, done.err
@@ -74,7 +75,7 @@ def test_sample_and_training_go_on_from_an_export(run_dir, data_dir):
 
 def test_the_card_tells_the_run(run_dir, data_dir):
     assert run_main(export.main, run_dir, "exported").code == 0
-    card = open("exported/README.md", encoding="utf-8").read()
+    card = Path("exported/README.md").read_text(encoding="utf-8")
     yaml, rest = card.removeprefix("---\n").split("\n---\n", 1)
     assert "library_name: transformers" in yaml
     meta = json.loads((data_dir / "meta.json").read_text())
@@ -86,19 +87,19 @@ def test_the_card_tells_the_run(run_dir, data_dir):
     assert str(run_dir) not in card and str(data_dir.parent) not in card.replace(f"`{meta['source']}`", "").replace(
         f"`{meta['tokenizer']}`", "")
     if importlib.util.find_spec("matplotlib"):
-        assert "![" in rest and open("exported/plot.png", "rb").read(4) == b"\x89PNG"
+        assert "![" in rest and Path("exported/plot.png").read_bytes()[:4] == b"\x89PNG"
 
 
 def test_a_stand_in_is_told_loudly(run_dir, monkeypatch):
     monkeypatch.setattr(export, "read_meta", lambda state: {"source": "pydoc", "stand_in": "text and tokenizer",
                                                             "train_tokens": 9, "val_tokens": 9, "val_bytes": 9})
     assert run_main(export.main, run_dir, "exported").code == 0
-    assert "**STAND-IN DATA.** The real text and tokenizer could not" in open("exported/README.md", encoding="utf-8").read()
+    assert "**STAND-IN DATA.** The real text and tokenizer could not" in Path("exported/README.md").read_text(encoding="utf-8")
 
 
 def test_export_replaces_nothing_unasked_and_names_what_is_wrong(run_dir):
     os.mkdir("mine")
-    open("mine/precious", "w").close()
+    Path("mine/precious").touch()
     refused = run_main(export.main, run_dir, "mine")
     assert refused.code == 2 and "mine is not empty" in refused.err and os.listdir("mine") == ["precious"]
     assert run_main(export.main, run_dir, "mine", "--overwrite").code == 0 and os.path.exists("mine/precious")
@@ -128,7 +129,7 @@ def test_push_to_hub_uploads_the_folder(run_dir, monkeypatch):
     (create, repo, how), (upload, files, what) = calls
     assert (create, repo, how["private"], upload, what["repo_id"]) == ("create_repo", "me/bard", True, "upload_folder", "me/bard")
     assert {"model.safetensors", "config.json", "generation_config.json", "tokenizer.json", "README.md"} <= set(files)
-    assert 'from_pretrained("me/bard")' in open("exported/README.md", encoding="utf-8").read()
+    assert 'from_pretrained("me/bard")' in Path("exported/README.md").read_text(encoding="utf-8")
     monkeypatch.setattr(StandIn, "create_repo", lambda *args, **kwargs: 1 / 0)
     failed = run_main(export.main, run_dir, "exported", "--overwrite", "--push_to_hub", "me/bard")
     assert failed.code == 1 and "upload failed: division by zero" in failed.err
@@ -177,8 +178,9 @@ def test_plot_draws_png_and_svg_of_several_runs(run_dir, run_train):
     assert run_main(plot.main, run_dir).out == f"{run_dir / 'plot.png'} is written\n"
     for x in plot.AXES:
         assert run_main(plot.main, run_dir, "other", f"--x={x}", f"--output={x}.svg").code == 0
-        assert "<svg" in open(f"{x}.svg", encoding="utf-8").read(1000)
-    open("other/metrics.jsonl", "a").write('{"step": 4, "lo')  # a run that goes on
+        assert "<svg" in Path(f"{x}.svg").read_text(encoding="utf-8")[:1000]
+    with open("other/metrics.jsonl", "a") as f:
+        f.write('{"step": 4, "lo')  # a run that goes on
     assert run_main(plot.main, "other").code == 0
     from PIL import Image
     for path in (run_dir / "plot.png", "other/plot.png"):
@@ -190,7 +192,7 @@ def test_plot_draws_png_and_svg_of_several_runs(run_dir, run_train):
     (("nowhere",), 1, "nowhere"), ((), 2, "RUN"), (("x", "--output", "plot.jpg"), 2, "plot.jpg"), (("bad",), 1, "line 1")])
 def test_plot_names_what_is_wrong(argv, code, told):
     os.mkdir("bad")
-    open("bad/metrics.jsonl", "w").write("{}\n{}\n")
+    Path("bad/metrics.jsonl").write_text("{}\n{}\n")
     result = run_main(plot.main, *argv)
     assert result.code == code and told in result.err and len(result.err.splitlines()) == 1
 
@@ -311,8 +313,8 @@ def test_demo_in_a_browser(demo_url):
         done = "document.querySelector('#speed').innerText.includes('done')"
 
         pages[0].click("#go")  # type, generate, see text stream
-        seen = set()
-        while "done" not in speed():
+        seen, end = set(), time.monotonic() + 60
+        while "done" not in speed() and time.monotonic() < end:
             seen.add(text())
         assert len(seen - {""}) > 3 and all(t.startswith("To be, or not") for t in seen - {""})
         pages[0].wait_for_timeout(500)
@@ -330,7 +332,7 @@ def test_demo_in_a_browser(demo_url):
         pages[0].fill("#length input[type=number]", "2000")  # stop
         pages[0].keyboard.press("Tab")
         pages[0].click("#go")
-        pages[0].wait_for_function("document.querySelector('#speed').innerText.match(/^[2-9]\\d tokens/)")
+        pages[0].wait_for_function("document.querySelector('#speed').innerText.match(/^\\d+ tokens, [\\d,]+ per second$/)")
         pages[0].click("#stop")
         pages[0].wait_for_timeout(1500)
         stopped = text()

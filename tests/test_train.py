@@ -1,19 +1,16 @@
-"""train.py: recipes and keys, the learning rate, the order of the data, what a run writes, and when it refuses to run."""
+"""train.py: recipes and keys, the learning rate, the order of the data, what a run writes, and when it refuses."""
 import dataclasses
 import json
 import math
-import os
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, TINY, assert_same_bits, metrics, read, run_main, run_script, untimed, write_data
+from conftest import ROOT, TINY, assert_same_bits, differences, metrics, read, run_main, run_script, untimed, write_data
 
 import train
 from model import SmolLM2, SmolLM2Config
@@ -50,9 +47,10 @@ def test_the_recipe_is_the_published_setting():
     assert all(getattr(config, f.name) == f.default for f in dataclasses.fields(SmolLM2Config))
 
 
-def test_the_command_line_wins_over_the_recipe_and_the_recipe_over_the_defaults(tmp_path):
+def test_the_command_line_wins_over_the_recipe_and_the_recipe_over_the_defaults():
     Path("r.py").write_text('"""A docstring."""\n# a comment\nmax_steps = 7\nseed = 5\nlearning_rate = 1\n')
-    overrides, args = train.parse_args(["r.py", "--seed=6", "--batch_size", "12", "--compile=False", "--rope_theta=1e4"])
+    overrides, args = train.parse_args(["r.py", "--seed=6", "--batch_size", "12", "--compile=False",
+                                       "--rope_theta=1e4"])
     assert overrides == {"max_steps": 7, "seed": 6, "learning_rate": 1.0, "batch_size": 12, "compile": False,
                          "rope_theta": 1e4}
     assert type(overrides["learning_rate"]) is float and args.resume is None and not args.overwrite
@@ -235,8 +233,8 @@ def test_a_run_writes_its_metrics_its_samples_and_a_whole_checkpoint(run_train):
         assert math.isfinite(line["loss"]) and line["grad_norm"] > 0 and line["tokens_per_sec"] > 0
     assert any(len(repr(line["loss"])) > 10 for line in lines)  # unrounded
     assert sorted(p.name for p in Path("out/samples").iterdir()) == [f"step_00000{i}.txt" for i in (2, 4, 6)]
-    assert [p.name for p in train.checkpoints("out")] == ["step_000003.pt", "step_000004.pt", "step_000006.pt"] or \
-        [p.name for p in train.checkpoints("out")] == ["step_000004.pt", "step_000006.pt"]  # the best one may be the last
+    best = min((line["val_loss"], line["step"]) for line in lines if "val_loss" in line)[1]
+    assert [train.step_of(p) for p in train.checkpoints("out")] == sorted({best, 4, 6})
     state = train.read_checkpoint(Path("out/step_000006.pt"))
     assert {"step", "model", "optimizer", "rng", "config"} <= state.keys() and state["step"] == 6
     assert set(state["rng"][0]) == {"python", "numpy", "torch", "cuda"}
@@ -254,8 +252,8 @@ def test_the_banner_and_the_progress_line_say_what_a_person_wants_to_know(run_tr
                   "perplexity", "bits per byte", "best", 'python sample.py --prompt "ROMEO:"'):
         assert piece in result.out, piece
     line = next(line for line in result.out.splitlines() if line.startswith("step 1/2"))
-    assert re.fullmatch(r"step 1/2 \| loss [\d.]+ \| lr [\d.e-]+ \| norm [\d.]+ \| [\d,]+ tok/s \| [\d:]+ (elapsed|trained), "
-                        r"[\d:]+ left", line), line
+    assert re.fullmatch(r"step 1/2 \| loss [\d.]+ \| lr [\d.e-]+ \| norm [\d.]+ \| [\d,]+ tok/s \| "
+                        r"[\d:]+ (elapsed|trained), [\d:]+ left", line), line
     assert result.err == ""
 
 
@@ -287,10 +285,10 @@ def test_the_first_loss_and_norm_are_those_of_the_first_batch(run_train, data_di
 
 def test_micro_batches_change_memory_and_not_the_run(run_train):
     for micro in (0, 1, 2):
-        assert run_train("--max_steps=5", "--dtype=float32", f"--micro_batch_size={micro}", f"--out_dir=m{micro}").code == 0
-    for micro in (1, 2):
-        assert [line["loss"] for line in metrics(f"m{micro}")] == pytest.approx([line["loss"] for line in metrics("m0")],
-                                                                               abs=1e-4)
+        keys = ["--max_steps=5", "--dtype=float32", f"--micro_batch_size={micro}", f"--out_dir=m{micro}"]
+        assert run_train(*keys).code == 0
+    losses = {micro: [line["loss"] for line in metrics(f"m{micro}")] for micro in (0, 1, 2)}
+    assert losses[1] == pytest.approx(losses[0], abs=1e-4) and losses[2] == pytest.approx(losses[0], abs=1e-4)
 
 
 def test_evaluation_and_samples_do_not_touch_the_training(run_train):
@@ -300,12 +298,7 @@ def test_evaluation_and_samples_do_not_touch_the_training(run_train):
                      "--checkpoint_interval=5").code == 0
     a, b = read("plain/step_000008.pt"), read("more/step_000008.pt")
     for key in ("model", "optimizer", "rng"):
-        assert not train_differences(a[key], b[key])
-
-
-def train_differences(a, b):
-    from conftest import differences
-    return differences(a, b)
+        assert not differences(a[key], b[key])
 
 
 def test_the_same_seed_gives_the_same_bits_and_another_seed_another_run(run_train):
@@ -341,7 +334,7 @@ def test_the_best_held_out_loss_is_kept_and_named(run_train):
     best = min(held_out, key=held_out.get)
     assert best < 10, held_out  # or the test shows nothing
     assert [train.step_of(p) for p in train.checkpoints("out")] == [best, 10, 12]
-    assert f"best {held_out[best]:.4f} at step {best}" in result.out.splitlines()[-2] + result.out
+    assert f"best {held_out[best]:.4f} at step {best}" in result.out
     assert read("out/step_000012.pt")["best"] == {"step": best, "val_loss": held_out[best]}
 
 
@@ -370,8 +363,8 @@ def test_gradients_are_clipped_to_the_norm_and_the_logged_norm_is_that_before():
         before = [p.detach().clone() for p in model.parameters()]
         ids = torch.randint(50, (2, 17), generator=torch.Generator().manual_seed(0))
         scaler, stop = torch.amp.GradScaler("cpu", enabled=False), type("", (), {"signum": None})
-        _, norm = train.train_step(model, optimizers, scaler, (ids[:, :-1], ids[:, 1:]), TrainConfig(grad_clip=clip), CPU,
-                                   stop)
+        batch, config = (ids[:, :-1], ids[:, 1:]), TrainConfig(grad_clip=clip)
+        _, norm = train.train_step(model, optimizers, scaler, batch, config, CPU, stop)
         moved = math.sqrt(sum((a - b).square().sum().item() for a, b in zip(before, model.parameters())))
         return norm, moved
     norm, moved = step(0.0)
@@ -381,7 +374,8 @@ def test_gradients_are_clipped_to_the_norm_and_the_logged_norm_is_that_before():
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_before_the_optimizer_step(run_train):
-    result = run_train("--max_steps=30", "--learning_rate=1e9", "--min_lr=1e9", "--warmup_steps=0", "--checkpoint_interval=1")
+    result = run_train("--max_steps=30", "--learning_rate=1e9", "--min_lr=1e9", "--warmup_steps=0",
+                       "--checkpoint_interval=1")
     found = re.search(r"in step (\d+), at learning rate 1.00e\+09: .*Last good checkpoint: (\S+)\.", result.err)
     assert_refused(result, "nan", code=1)
     step = int(found[1])
@@ -417,7 +411,7 @@ def test_a_run_can_start_from_weights_in_hugging_faces_format(run_train, tmp_pat
 def test_the_default_data_is_prepared_when_it_is_missing(monkeypatch):
     import prepare
     calls = []
-    monkeypatch.setattr(prepare, "main", lambda argv: calls.append(argv) or write_data(prepare.DEFAULT_OUT_DIR, range(200)))
+    monkeypatch.setattr(prepare, "main", lambda argv: calls.append(argv) or write_data("data/shakespeare", range(200)))
     result = run_main(train.main, *TINY, "--max_steps=1")
     assert result.code == 0 and calls == [[]], result.err
     assert run_main(train.main, *TINY, "--max_steps=1", "--out_dir=o2").code == 0
@@ -428,9 +422,9 @@ def test_the_default_data_is_prepared_when_it_is_missing(monkeypatch):
     (lambda d: flip(d / "train.bin", 100), "train.bin"), (lambda d: flip(d / "val.bin", -1), "val.bin"),
     (lambda d: truncate(d / "train.bin", -2), "train.bin has 398 bytes, meta.json says 400"),
     (lambda d: (d / "val.bin").unlink(), "val.bin"),
-    (lambda d: (d / "meta.json").write_text(" " + (d / "meta.json").read_text().replace('"val_bytes": 100', '"val_bytes": 1')),
-     "meta.json was changed"),
-    (lambda d: (d / "meta.json").write_text("{}"), "damaged"), (lambda d: (d / "meta.json").write_text("[]"), "damaged"),
+    (lambda d: edit(d / "meta.json", '"val_bytes": 100', '"val_bytes": 1'), "meta.json was changed"),
+    (lambda d: (d / "meta.json").write_text("{}"), "damaged"),
+    (lambda d: (d / "meta.json").write_text("[]"), "damaged"),
     (lambda d: (d / "meta.json").write_text("{"), "damaged"),
 ], ids=["train", "val", "short", "gone", "meta", "empty", "list", "torn"])
 def test_data_that_are_not_as_prepared_are_refused(damage, fragment):
@@ -444,6 +438,12 @@ def flip(path, offset):
     raw = bytearray(path.read_bytes())
     raw[offset] ^= 1
     path.write_bytes(raw)
+
+
+def edit(path, old, new):
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new))
 
 
 def truncate(path, change):
@@ -468,7 +468,8 @@ def test_stand_in_data_are_announced_in_the_banner_and_beside_every_held_out_los
     Path(folder, "meta.json").write_text(json.dumps(meta))
     result = run_main(train.main, *TINY, "--data_dir=copy", "--max_steps=2", "--eval_interval=1")
     lines = [line for line in result.out.splitlines() if "stand" in line.lower()]
-    assert len(lines) == 3 and "python prepare.py" in lines[0] and all("a text that stands in" in line for line in lines)
+    assert len(lines) == 3 and "python prepare.py" in lines[0]
+    assert all("a text that stands in" in line for line in lines)
 
 
 def test_a_disk_without_room_is_refused_before_the_first_step(run_train, monkeypatch):
@@ -478,28 +479,6 @@ def test_a_disk_without_room_is_refused_before_the_first_step(run_train, monkeyp
 
 
 # ----------------------------------------------------------------------------------------------------------- slow ones
-
-
-@pytest.mark.slow
-def test_two_processes_make_the_same_run_as_one_and_resume_to_the_same_bits(run_train, data_dir):
-    keys = [f"--data_dir={data_dir}", *TINY, "--dtype=float32", "--eval_interval=4"]
-
-    def torchrun(*argv):
-        done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
-                               str(ROOT / "train.py"), *argv], capture_output=True, text=True, timeout=200,
-                              env={**os.environ, "OMP_NUM_THREADS": "1"})
-        assert done.returncode == 0, done.stdout + done.stderr
-        return done.stdout
-    torchrun(*keys, "--max_steps=8", "--out_dir=two")
-    assert run_train("--max_steps=8", "--dtype=float32", "--eval_interval=4", "--out_dir=one").code == 0
-    for key in ("loss", "grad_norm"):
-        assert [m[key] for m in metrics("two")] == pytest.approx([m[key] for m in metrics("one")], rel=1e-3)
-    assert [m["val_loss"] for m in metrics("two") if "val_loss" in m] == pytest.approx(
-        [m["val_loss"] for m in metrics("one") if "val_loss" in m], rel=1e-4)
-    torchrun(*keys, "--max_steps=5", "--lr_decay_steps=8", "--out_dir=cut")
-    assert "no longer the same run" not in torchrun("--resume=cut", "--max_steps=8")
-    assert_same_bits("two/step_000008.pt", "cut/step_000008.pt")
-    assert untimed("two") == untimed("cut")
 
 
 @pytest.mark.slow

@@ -61,11 +61,6 @@ def fail(message, code=1):
     raise SystemExit(code)
 
 
-def table(head, rows):
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(str(cell).replace("|", "\\|") for cell in line) + " |" for line in lines)
-
-
 def read_meta(state):
     """The meta.json of the data that the checkpoint was trained on; {} where they are gone or others by now."""
     from train import Data
@@ -95,9 +90,9 @@ def losses_of(state, meta, name, folder):
     tests = tests if len(tests) <= 12 else [tests[round(i * (len(tests) - 1) / 11)] for i in range(12)]
     bits = meta.get("val_tokens", 0) / meta.get("val_bytes", 1) / math.log(2)  # times nats a token: bits a byte
     if tests:
-        parts.append(table(["step", "training loss", "held-out loss", "perplexity", "bits per byte"], [
-            [row["step"], f"{row['loss']:.4f}", f"{row['val_loss']:.4f}", f"{math.exp(min(row['val_loss'], 99)):.2f}",
-             f"{row['val_loss'] * bits:.4f}" if bits else ""] for row in tests]))
+        parts.append("\n".join(["| step | training loss | held-out loss | perplexity | bits per byte |", "|" + " ---: |" * 5, *(
+            f"| {row['step']} | {row['loss']:.4f} | {row['val_loss']:.4f} | {math.exp(min(row['val_loss'], 99)):.2f} | "
+            f"{round(row['val_loss'] * bits, 4) or '?'} |" for row in tests)]))
     if rows:
         try:
             draw({name: rows}, folder / "plot.png")
@@ -108,6 +103,7 @@ def losses_of(state, meta, name, folder):
 
 
 def write_card(folder, state, parameters, dtype, name):
+    """README.md, and plot.png beside it. name: how others will call the model."""
     config, meta, step = state["config"], read_meta(state), state["step"]
     config = {key: os.path.basename(os.path.normpath(value)) if os.path.isabs(str(value)) else value
               for key, value in config.items() if key != "out_dir"}  # this machine's folders are nobody's business
