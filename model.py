@@ -63,7 +63,7 @@ def rotary_table(positions, config):
 
     Su et al. 2021 (arXiv:2104.09864)."""
     exponent = torch.arange(0, config.head_dim, 2, device=positions.device).float() / config.head_dim
-    angles = positions.float()[:, None] * config.rope_theta**-exponent
+    angles = positions.float()[:, None] * (1.0 / config.rope_theta**exponent)
     angles = torch.cat((angles, angles), dim=-1)
     return angles.cos(), angles.sin()
 

@@ -44,8 +44,8 @@ SPECIAL_TOKENS = """<|endoftext|> <|im_start|> <|im_end|> <repo_name> <reponame>
 SUFFIXES = (".txt", ".md", ".jsonl")
 BLOCK = 2**20  # bytes read at once; the hash of a document's first block decides whether it is held out
 PIECE = 2**12  # characters encoded as one string; longer ones are slower (the encoder's caches)
-BATCH = 2**10  # pieces handed to all cores at once
-LONGEST = 2**22  # characters after which a text that offers no place to cut is cut anyway, with a note
+BATCH = 2**22  # characters handed to all cores at once
+LONGEST = 2**20  # characters after which a text that offers no place to cut is cut anyway, with a note
 
 Piece = namedtuple("Piece", "document name key position text")  # key: the document's hash in [0, 1)
 
@@ -336,14 +336,15 @@ def is_cuttable(backend):
 
 def cut(blocks):
     """Yields a text, which comes in blocks, in pieces of about PIECE characters."""
-    rest, start = "", 0
+    rest, start, said = "", 0, False
     for block in blocks:
         rest, start = rest[start:] + block, 0
         while len(rest) - start > PIECE:
             place = CUT.search(rest, start + PIECE)
             if place is None and len(rest) - start < LONGEST:
                 break
-            if place is None:
+            if place is None and not said:
+                said = True
                 say(f"note: {LONGEST:,} characters without space or punctuation: cut, which may change an id there")
             end = place.start() if place else start + LONGEST
             yield rest[start:end]
@@ -362,7 +363,7 @@ def in_pieces(documents, cuttable):
             position += len(text)
 
 
-def encode(pieces, backend, at_once):
+def encode(pieces, backend):
     """Yields (piece, its ids, the characters that got lost). All cores work, two batches ahead of what is yielded."""
     def work(batch):
         try:
@@ -374,10 +375,17 @@ def encode(pieces, backend, at_once):
         except Exception as error:
             fail(f"--tokenizer: it cannot encode {batch[0].name}: {reason(error)}")
 
+    read = 0
+
+    def batch_number(piece):
+        nonlocal read
+        read += len(piece.text)
+        return read // BATCH
+
     with ThreadPoolExecutor(2) as pool:  # while one makes Python lists of its ids, the other has the cores
         jobs = []
-        while batch := list(itertools.islice(pieces, at_once)):
-            jobs.append(pool.submit(work, batch))
+        for _, batch in itertools.groupby(pieces, batch_number):
+            jobs.append(pool.submit(work, list(batch)))
             if len(jobs) > 2:
                 yield from jobs.pop(0).result()
         for job in jobs:
@@ -553,9 +561,8 @@ def prepare(args):
             fail(f"--out_dir {args.out_dir}: the tokenizer cannot be saved: {reason(error)}")
         backend = tokenizer.backend_tokenizer
         backend.encode_special_tokens = True  # text stays text
-        cuttable = is_cuttable(backend)
         with bar:
-            parts = encode(in_pieces(documents, cuttable), backend, BATCH if cuttable else 16)
+            parts = encode(in_pieces(documents, is_cuttable(backend)), backend)
             total, lowest, marks = write_ids(folder, parts, None if one_text else tokenizer.eos_token_id, args, bar)
         fill_empty_side(folder, total, lowest, marks, args.val_fraction, backend)
         train, val = total["train"]["tokens"], total["val"]["tokens"]

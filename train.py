@@ -651,7 +651,7 @@ class Stop:
     """Turns the first SIGINT or SIGTERM into a wish to stop after the step; a second Ctrl-C leaves at once."""
 
     def __init__(self):
-        self.signum, self.training = None, False
+        self.signum, self.agreed, self.training = None, None, False  # agreed: all processes know of the signal
         for signum in (signal.SIGINT, signal.SIGTERM):
             signal.signal(signum, self.handle)
 
@@ -690,7 +690,8 @@ def train_step(net, optimizers, scaler, batch, config, machine, stop):
         shared = torch.stack((loss / machine.world_size, torch.full_like(loss, stop.signum or 0)))
         dist.all_reduce(shared)
         loss = shared[0]
-        stop.signum = stop.signum or (signal.SIGTERM if shared[1] > 0 else None)  # all stop at the same step
+        if shared[1] > 0:  # one has been told to stop: all do, after this step, or the others would wait for it
+            stop.agreed = stop.signum = stop.signum or signal.SIGTERM
     loss, norm = loss.item(), norm.item()
     if not math.isfinite(loss) or not (math.isfinite(norm) or scaler.is_enabled()):
         raise NotFinite(f"the loss is {loss} and the gradient norm {norm}")
@@ -776,7 +777,7 @@ def train(config, machine, model, data, state, stop, say):
     bar = tqdm(total=config.max_steps, initial=step, unit="step", dynamic_ncols=True, smoothing=0.1,
                disable=machine.rank > 0 or not sys.stderr.isatty())
     begin_step, spent, tokens = step, 0.0, 0
-    while step < config.max_steps and not stop.signum:
+    while step < config.max_steps and not (stop.agreed if machine.world_size > 1 else stop.signum):
         start, lr = time.perf_counter(), learning_rate(config, step)
         for group in all_groups(optimizers):
             group["lr"] = group["peak"] * lr / config.learning_rate
@@ -861,9 +862,11 @@ def start_or_resume(overrides, args, say):
 
 
 def main(argv=None):
+    if hasattr(sys.stdout, "reconfigure"):  # what the terminal cannot show, of a sample or a name, ends no run
+        sys.stdout.reconfigure(errors="backslashreplace")
     overrides, args = parse_args(argv)
     stop = Stop()
-    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    rank, world_size, held = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)), None
     say = tqdm.write if rank == 0 else lambda text: None
     out = Path(overrides.get("out_dir", "out"))
     try:
@@ -876,7 +879,7 @@ def main(argv=None):
             if args.resume is None or not checkpoints(out):  # else the checkpoint has the rest of the config
                 check(TrainConfig(**overrides), world_size)
             out.mkdir(parents=True, exist_ok=True)
-            held = lock(out)  # noqa: F841  kept open until the process ends
+            held = lock(out)
         config, state, changes = start_or_resume(overrides, args, say)
         check(config, world_size)
         if state and state["step"] >= config.max_steps:
@@ -923,6 +926,9 @@ def main(argv=None):
         if not isinstance(e, (MemoryError, torch.OutOfMemoryError)) and "allocate" not in str(e):
             raise
         sys.exit("train.py: out of memory: lower micro_batch_size or block_size; checkpoints are whole")
+    finally:
+        if held:
+            held.close()
     where = f"{out / f'step_{step:06d}.pt'} is written"
     if world_size > 1:
         dist.destroy_process_group()

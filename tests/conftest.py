@@ -140,8 +140,8 @@ def start_train(data_dir, tmp_path):
     def start(*argv, tiny=True):
         log = tmp_path / f"train_{len(started)}.log"
         with open(log, "wb") as f:
-            process = subprocess.Popen([sys.executable, str(ROOT / "train.py"), *map(str, argv[:1]),
-                                        *([f"--data_dir={data_dir}", *TINY] if tiny else []), *map(str, argv[1:])],
+            process = subprocess.Popen([sys.executable, str(ROOT / "train.py"),
+                                        *([f"--data_dir={data_dir}", *TINY] if tiny else []), *map(str, argv)],
                                        stdout=f, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL)
         process.log = log
         started.append(process)

@@ -48,7 +48,10 @@ def test_two_processes_have_the_losses_of_one(shared, tmp_path):
     assert done.code == 0, done.err
     one, two = (train.read_checkpoint(out / f"step_{STEPS:06d}.pt") for out in (tmp_path / "one", two))
     import json
-    lines = [[json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()] for out in (tmp_path / "one", folder / "two")]
+    lines = [
+        [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+        for out in (tmp_path / "one", folder / "two")
+    ]
     for a, b in zip(*lines, strict=True):
         for key in ("loss", "grad_norm", *(["val_loss"] if "val_loss" in a else [])):
             assert a[key] == pytest.approx(b[key], rel=2e-4), (a, b)
@@ -116,8 +119,18 @@ def test_sigterm_to_torchrun_saves(shared, tmp_path):
 
 def node(folder, rank, port, *argv):
     """One of two machines: a torchrun of its own, which finds the other one by address and port."""
-    return torchrun(folder, *argv, agent=("--nnodes=2", "--nproc_per_node=1", "--rdzv_backend=static", f"--node_rank={rank}",
-                                          "--master_addr=127.0.0.1", f"--master_port={port}"))
+    return torchrun(
+        folder,
+        *argv,
+        agent=(
+            "--nnodes=2",
+            "--nproc_per_node=1",
+            "--rdzv_backend=static",
+            f"--node_rank={rank}",
+            "--master_addr=127.0.0.1",
+            f"--master_port={port}",
+        ),
+    )
 
 
 def test_two_nodes_run_and_resume(shared, tmp_path):

@@ -46,8 +46,11 @@ def test_damaged_data_is_refused_before_the_first_step(folder):
     assert torture.damaged_data(folder).injected > 40
 
 
-@pytest.mark.parametrize("names, instant", [(("SIGINT",), "first step"), (("SIGTERM",), "evaluation"), (("SIGTERM",), "save"),
-                                            (("SIGINT", "SIGINT"), "step")], ids=lambda v: v if isinstance(v, str) else "+".join(v))
+@pytest.mark.parametrize(
+    "names, instant",
+    [(("SIGINT",), "first step"), (("SIGTERM",), "evaluation"), (("SIGTERM",), "save"), (("SIGINT", "SIGINT"), "step")],
+    ids=lambda v: v if isinstance(v, str) else "+".join(v),
+)
 def test_signal(folder, names, instant):
     row = torture.signals(folder, [(names, instant)], say=quiet)
     assert row.resumed == 1 and row.lost == 0, row

@@ -67,7 +67,8 @@ def make_tokenizer(folder):
     vocab = {EOS: 0, **{c: i for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()), 1)}}
     backend = Tokenizer(models.BPE(vocab=vocab, merges=[]))
     backend.pre_tokenizer, backend.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    PreTrainedTokenizerFast(tokenizer_object=backend, bos_token=EOS, eos_token=EOS, unk_token=EOS).save_pretrained(folder)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token=EOS, eos_token=EOS, unk_token=EOS)
+    tokenizer.save_pretrained(folder)
     return folder
 
 
@@ -78,8 +79,7 @@ def make_data(folder, start=0):
     if not tokenizer.exists():
         make_tokenizer(tokenizer)
     text.write_text(prepare.stand_in_text()[start:start + 60_000], encoding="utf-8")
-    done = run_main(prepare.main, "--input", text, "--tokenizer", tokenizer, "--out_dir", folder)
-    expect(done.code == 0, done.err)
+    succeed(run_main(prepare.main, "--input", text, "--tokenizer", tokenizer, "--out_dir", folder))
     return folder
 
 
@@ -89,8 +89,9 @@ def run_main(main, *argv, stdin=b"", threads=1):
     torch.set_num_threads(threads)  # two for so small a model only wait for each other
     before = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
     real = sys.stdin, sys.stdout, sys.stderr
-    sys.stdin, sys.stdout, sys.stderr = (io.TextIOWrapper(io.BytesIO(b), encoding="utf-8", errors=errors, write_through=True)
-                                         for b, errors in ((stdin, "strict"), (b"", "strict"), (b"", "backslashreplace")))
+    sys.stdin, sys.stdout, sys.stderr = (
+        io.TextIOWrapper(io.BytesIO(b), encoding="utf-8", errors=errors, write_through=True)
+        for b, errors in ((stdin, "strict"), (b"", "strict"), (b"", "backslashreplace")))
     out, err, code = sys.stdout, sys.stderr, 0
     try:
         main([str(a) for a in argv])
@@ -131,9 +132,10 @@ class Process:
         env = {**{k: v for k, v in os.environ.items() if k not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")},
                "OMP_NUM_THREADS": "1", **env}
         with open(self.log, "wb") as f:
-            self.popen = subprocess.Popen([sys.executable, *map(str, command)], cwd=cwd, stdout=f, stderr=subprocess.STDOUT,
-                                          stdin=subprocess.DEVNULL, start_new_session=True, env=env,
-                                          preexec_fn=limits and (lambda: [resource.setrlimit(*limit) for limit in limits]))
+            self.popen = subprocess.Popen(
+                [sys.executable, *map(str, command)], cwd=cwd, env=env, stdin=subprocess.DEVNULL, stdout=f,
+                stderr=subprocess.STDOUT, start_new_session=True,
+                preexec_fn=limits and (lambda: [resource.setrlimit(*limit) for limit in limits]))
         self.pid, self.seen = self.popen.pid, set()
 
     def __enter__(self):
@@ -182,6 +184,7 @@ class Process:
             if not self.alive:
                 return bool(true())
             expect(time.monotonic() < end, f"waited {timeout} s in vain", self.text)
+            time.sleep(0.0002)
         return True
 
     def wait(self, timeout=180):
@@ -199,14 +202,24 @@ def status(pid):
 
 def training(folder, data, *argv, out="out", **how):
     """A process of train.py in folder, writing to folder/out; it resumes where it can."""
-    return Process([ROOT / "train.py", *RUN, f"--data_dir={data}", f"--out_dir={out}", "--resume=auto", *argv], folder, **how)
+    keys = [*RUN, f"--data_dir={data}", f"--out_dir={out}", "--resume=auto", *argv]
+    return Process([ROOT / "train.py", *keys], folder, **how)
+
+
+def train_here(data, out, *argv, **how):
+    """A run of train.py in this process."""
+    return run_main(train.main, *RUN, f"--data_dir={data}", f"--out_dir={out}", *argv, **how)
+
+
+def succeed(done):
+    expect(done.code == 0, done.out, done.err)
+    return done
 
 
 def reference(folder, data, *argv):
-    """The undisturbed run, in this process; returns its out_dir."""
+    """The undisturbed run; returns its out_dir."""
     folder.mkdir(parents=True, exist_ok=True)
-    done = run_main(train.main, *RUN, f"--data_dir={data}", f"--out_dir={folder / 'undisturbed'}", *argv)
-    expect(done.code == 0, done.err)
+    succeed(train_here(data, folder / "undisturbed", *argv))
     return folder / "undisturbed"
 
 
@@ -226,7 +239,8 @@ def saving(out):
 def flat(value, name=""):
     """A checkpoint's content as {name: bytes}."""
     if isinstance(value, torch.Tensor):
-        return {f"{name} {value.dtype} {tuple(value.shape)}": value.contiguous().view(-1).view(torch.uint8).numpy().tobytes()}
+        raw = value.contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+        return {f"{name} {value.dtype} {tuple(value.shape)}": raw}
     if isinstance(value, (dict, list, tuple)):
         pairs = value.items() if isinstance(value, dict) else enumerate(value)
         return {name: type(value).__name__.encode(),
@@ -242,7 +256,7 @@ def content(out):
     state.pop("seconds")
     state["config"].pop("out_dir")
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    expect([line["step"] for line in lines] == list(range(1, state["step"] + 1)), "metrics.jsonl lacks steps, or has more")
+    expect([line["step"] for line in lines] == list(range(1, state["step"] + 1)), "metrics.jsonl has odd steps")
     rows = [{k: v for k, v in line.items() if k not in MEASURED} for line in lines]
     return {**flat(state, path.name), "metrics": json.dumps(rows).encode(), "files": repr(intact(out)).encode()}
 
@@ -255,7 +269,7 @@ def lost_bits(wanted, out):
         n = min(len(x), len(y))
         here = int(np.unpackbits(x[:n] ^ y[:n]).sum()) + 8 * (len(x) + len(y) - 2 * n)
         if here:
-            print(f"  {out}: {here} bits of {key} differ: {a.get(key, b'')[:200]!r}, {b.get(key, b'')[:200]!r}", file=sys.stderr)
+            print(f"  {here} bits of {key} differ: {a.get(key, b'')[:99]}, {b.get(key, b'')[:99]}", file=sys.stderr)
         lost += here
     return lost
 
@@ -307,11 +321,12 @@ def kills(folder, n, seed=0, steps=150, say=print):
         lost += lost_bits(wanted, out)
         if injected >= n:
             note = ", ".join(f"{count} in {kind}" for kind, count in hit.items())
-            return Row("SIGKILL in a training", injected, injected, lost, f"{runs} runs of {steps} steps; {note}; {torn} torn saves")
+            note = f"{runs} runs of {steps} steps; {note}; {torn} torn saves"
+            return Row("SIGKILL in a training", injected, injected, lost, note)
 
 
 def kill_preparation(folder, n, seed=0):
-    """SIGKILL at random instants of prepare.py; what is there afterwards is whole or refused, and a last try is right."""
+    """SIGKILL at random instants of prepare.py: what is there afterwards is whole or refused, a last try is right."""
     rng = random.Random(seed)
     wanted = make_data(folder / "wanted")
     text, out = folder / "wanted.txt", folder / "killed" / "data"
@@ -415,8 +430,7 @@ def full_disk(folder, leaves=(0, 100_000, 600_000)):
                 one_line(p.text, "No space left on device", "--resume")
             expect(intact(out), "no checkpoint is left")
             filler.unlink()
-            done = run_main(train.main, f"--resume={out}")
-            expect(done.code == 0, done.err)
+            succeed(run_main(train.main, f"--resume={out}"))
             lost, resumed = lost + lost_bits(wanted, out), resumed + 1
             shutil.rmtree(out)
     return Row("disk full", len(leaves), resumed, lost, "a tmpfs filled to the last byte, or to a part of a checkpoint")
@@ -428,8 +442,7 @@ def failed_save(folder, sizes=(300_000,)):
     wanted = reference(folder, data)
     for size in sizes:
         out = folder / f"out{size}"
-        half = run_main(train.main, *RUN, f"--data_dir={data}", f"--out_dir={out}", "--max_steps=12", "--lr_decay_steps=40")
-        expect(half.code == 0, half.err)
+        succeed(train_here(data, out, "--max_steps=12", "--lr_decay_steps=40"))
         before = snapshot(out)
         with training(folder, data, out=out, limits=[(resource.RLIMIT_FSIZE, (size, size))]) as p:
             code = p.wait()
@@ -450,8 +463,7 @@ def read_only(folder):
     with small_disk(disk, 16) if as_root else contextlib.nullcontext():  # root may write whatever the mode says
         disk.mkdir(exist_ok=True)
         out = disk / "out"
-        half = run_main(train.main, *RUN, f"--data_dir={data}", f"--out_dir={out}", "--max_steps=12", "--lr_decay_steps=40")
-        expect(half.code == 0, half.err)
+        succeed(train_here(data, out, "--max_steps=12", "--lr_decay_steps=40"))
 
         def write(allowed):
             if as_root:
@@ -462,15 +474,13 @@ def read_only(folder):
         before = snapshot(out)
         write(False)
         try:
-            for argv in ([*RUN, f"--data_dir={data}", f"--out_dir={disk / 'new'}"], [f"--resume={out}", "--max_steps=40"]):
-                done = run_main(train.main, *argv)
+            for done in (train_here(data, disk / "new"), run_main(train.main, f"--resume={out}", "--max_steps=40")):
                 expect(done.code == 1, done)
                 one_line(done.err, "Read-only" if as_root else "denied")
         finally:
             write(True)
         expect(snapshot(out) == before, "files have changed")
-        done = run_main(train.main, f"--resume={out}", "--max_steps=40")
-        expect(done.code == 0, done.err)
+        succeed(run_main(train.main, f"--resume={out}", "--max_steps=40"))
         lost = lost_bits(wanted, out)
     return Row("read-only folder", 2, 1, lost, "a new run and a resumed one")
 
@@ -482,8 +492,7 @@ def damaged_checkpoints(folder, n, seed=0):
     """The newest checkpoint truncated at n lengths, with one of n bytes flipped, zeroed in parts or made longer."""
     rng, data = random.Random(seed), make_data(folder / "data")
     keys = ["--vocab_size=257", "--hidden_size=16", "--eval_interval=0", "--max_steps=10", "--lr_decay_steps=40"]
-    done = run_main(train.main, *RUN, f"--data_dir={data}", f"--out_dir={folder / 'out'}", *keys)
-    expect(done.code == 0, done.err)
+    succeed(train_here(data, folder / "out", *keys))
     before, newest = train.checkpoints(folder / "out")
     good, missed = newest.read_bytes(), []
 
@@ -515,14 +524,13 @@ def damaged_checkpoints(folder, n, seed=0):
 
 
 def damaged_then_resumed(folder, real=True):
-    """Through the command: a damaged checkpoint is named, the one before is used, and the run ends with the same bits."""
+    """Through the command: a damaged checkpoint is named, the one before is used, the run ends with the same bits."""
     data = make_data(folder / "data")
     wanted, out = reference(folder, data), folder / "out"
     lost = resumed = 0
     for damage in (lambda b: b[:len(b) // 2], lambda b: b[:999] + bytes([b[999] ^ 4]) + b[1000:]):
-        half = run_main(train.main, *RUN, f"--data_dir={data}", f"--out_dir={out}", "--max_steps=25", "--lr_decay_steps=40",
-                        "--overwrite")
-        expect(half.code == 0, half.err)
+        succeed(train_here(data, out, "--max_steps=25", "--lr_decay_steps=40",
+                        "--overwrite"))
         newest = train.checkpoints(out)[-1]
         newest.write_bytes(damage(newest.read_bytes()))
         if real and not resumed:
@@ -555,12 +563,11 @@ def seal(meta):
 
 
 def damaged_data(folder):
-    """train.bin, val.bin and meta.json truncated, changed, missing or of another dataset: refused before a first step."""
+    """train.bin, val.bin, meta.json truncated, changed, missing or of another dataset: refused before a first step."""
     import hashlib
     good, other = make_data(folder / "good"), make_data(folder / "other", start=100_000)
     data, out = folder / "data", folder / "out"
-    half = run_main(train.main, *RUN, f"--data_dir={good}", f"--out_dir={out}", "--max_steps=12", "--lr_decay_steps=40")
-    expect(half.code == 0, half.err)
+    succeed(train_here(good, out, "--max_steps=12", "--lr_decay_steps=40"))
     run = snapshot(out)
 
     def change(name, edit):
@@ -591,8 +598,8 @@ def damaged_data(folder):
                (change("meta.json", lambda b: b[:-30]), "data"), (change("meta.json", lambda b: b""), "data"),
                (change("meta.json", lambda b: b"\xff\xfe"), "data"), (change("meta.json", lambda b: b"[]"), "data"),
                (change("meta.json", lambda b: b.replace(b"good.txt", b"evil.txt")), "meta.json"),
-               (meta(vocab_size="many"), "data"), (meta(vocab_size=None), "data"), (meta(train_tokens="1"), "train_tokens"),
-               (meta(val_bytes=None), "data"), (meta(vocab_size=10**9), "vocab_size"),
+               (meta(vocab_size="many"), "data"), (meta(vocab_size=None), "data"), (meta(val_bytes=None), "data"),
+               (meta(train_tokens="1"), "train_tokens"), (meta(vocab_size=10**9), "vocab_size"),
                (beyond, "vocab_size = 2048")]
     for i, (fault, word) in enumerate(faults):
         shutil.rmtree(data, ignore_errors=True)
@@ -602,7 +609,7 @@ def damaged_data(folder):
             done = run_main(train.main, *argv, f"--data_dir={data}")
             expect(done.code == 1, f"fault {i} ({word}): exit {done.code}", done.out, done.err)
             one_line(done.err, word)
-        expect(not train.checkpoints(folder / "new") and not last_step(folder / "new"), f"fault {i} ({word}): steps were made")
+        expect(not last_step(folder / "new"), f"fault {i} ({word}): steps were made")
         expect({k: v for k, v in snapshot(out).items()} == run, f"fault {i} ({word}): the run was changed")
     shutil.rmtree(data)  # a whole other dataset, in the place of the run's own
     shutil.copytree(good, folder / "kept")
@@ -620,7 +627,7 @@ def damaged_data(folder):
 
 
 def signals(folder, cases, say=print, compiled=False):
-    """SIGINT and SIGTERM at instants of a run, once or twice: exit 128 + signal, all saved, and the same bits in the end.
+    """SIGINT and SIGTERM at instants of a run, once or twice: exit 128 + signal, all saved, the same bits in the end.
 
     cases: (signal names, instant), the instant one of first step, evaluation, save, step, start, compile."""
     data, lost, resumed = make_data(folder / "data"), 0, 0
@@ -660,18 +667,18 @@ def signals(folder, cases, say=print, compiled=False):
             if leaves_at_once:
                 expect(all(intact(out) or [True]), text)
             else:
-                newest = train.checkpoints(out)
-                expect(newest and at <= train.step_of(newest[-1]) <= at + 2 and f"{newest[-1].name} is written" in text, text)
+                newest = train.checkpoints(out)[-1]
+                expect(at <= train.step_of(newest) <= at + 2 and f"{newest.name} is written" in text, text)
         else:
             expect(instant in ("start", "first step", "compile"), text)
-        done = run_main(train.main, *RUN, f"--data_dir={data}", f"--out_dir={out}", *keys, "--resume=auto")
-        expect(done.code == 0, done.err)
+        succeed(train_here(data, out, *keys, "--resume=auto"))
         lost, resumed = lost + lost_bits(wanted, out), resumed + 1
         say(f"  {'+'.join(names)} in {instant}, step {at}: exit {code}")
     return Row("SIGINT, SIGTERM" + (" while compiling" if compiled else ""), len(cases), resumed, lost)
 
 
-SIGNALS = [((name,), instant) for name in ("SIGINT", "SIGTERM") for instant in ("start", "first step", "evaluation", "save", "step")]
+SIGNALS = [((name,), instant) for name in ("SIGINT", "SIGTERM")
+           for instant in ("start", "first step", "evaluation", "save", "step")]
 SIGNALS += [(pair, instant) for pair in (("SIGINT", "SIGINT"), ("SIGTERM", "SIGTERM"), ("SIGTERM", "SIGINT"))
             for instant in ("step", "save", "evaluation")]
 COMPILING = [(("SIGINT",), "compile"), (("SIGTERM",), "compile")]
@@ -687,12 +694,12 @@ def second_process(folder):
         p.until(lambda: last_step(out) >= 12)
         p.signal(signal.SIGSTOP)  # it must not end meanwhile
         for argv in tries:
-            done = run_main(train.main, *RUN, f"--data_dir={data}", f"--out_dir={out}", *argv)
+            done = train_here(data, out, *argv)
             expect(done.code == 1, argv, done)
             one_line(done.err, "another process", str(out))
         p.signal(signal.SIGCONT)
         expect(p.wait() == 0, p.text)
-    return Row("second process on an out_dir", len(tries), 0, lost_bits(wanted, out), "each refused; the first unharmed")
+    return Row("second process on an out_dir", len(tries), 0, lost_bits(wanted, out), "refused; the first unharmed")
 
 
 # --------------------------------------------------------------------------------------------------------- strangers
@@ -712,8 +719,7 @@ def strangers(folder, real=False):
     """Checkpoints, models and tokenizers that would run code on loading leave no trace of having done so."""
     data, marker = make_data(folder / "data"), folder / "code was run"
     out, tried = folder / "out", 0
-    done = run_main(train.main, *RUN, f"--data_dir={data}", f"--out_dir={out}", "--max_steps=5")
-    expect(done.code == 0, done.err)
+    succeed(train_here(data, out, "--max_steps=5"))
     checkpoint = train.checkpoints(out)[-1]
     state = train.read_checkpoint(checkpoint)
 
@@ -771,9 +777,9 @@ def strangers(folder, real=False):
             torch.save({"model.embed_tokens.weight": Evil(marker)}, target / "pytorch_model.bin")
         if kind == "pickle only":
             (target / "model.safetensors").unlink()
-        for name, key, what in (("config.json", "AutoModelForCausalLM", "modeling_evil.Evil"),
-                                ("config.json", "AutoConfig", "modeling_evil.Evil"),
-                                ("tokenizer_config.json", "AutoTokenizer", ["modeling_evil.Evil", "modeling_evil.Evil"])):
+        evil = "modeling_evil.Evil"
+        for name, key, what in (("config.json", "AutoModelForCausalLM", evil), ("config.json", "AutoConfig", evil),
+                                ("tokenizer_config.json", "AutoTokenizer", [evil, evil])):
             if "code" in kind:
                 content = json.loads((target / name).read_text())
                 content.setdefault("auto_map", {})[key] = what
@@ -786,29 +792,33 @@ def strangers(folder, real=False):
                     (target / script).write_text(code + "class Evil:\n    pass\n")
         return target
 
-    for kind, fine in (("pickle beside", True), ("pickle only", False), ("code", True), ("code class", True), ("code type", False)):
-        target = poison(kind)
+    for kind, fine in (("pickle beside", True), ("pickle only", False), ("code", True), ("code class", True),
+                       ("code type", False)):
+        target, new = poison(kind), [*RUN, f"--data_dir={data}", f"--out_dir={folder / 'new'}", "--overwrite"]
         attack(sample.main, "--checkpoint", target, "--max_new_tokens", "2", code=(0, 1) if fine else (1,))
-        attack(train.main, *RUN, f"--data_dir={data}", f"--out_dir={folder / 'new'}", f"--init_from={target}", "--max_steps=1",
-               "--overwrite", code=(0,) if fine else (1,))
+        attack(train.main, *new, f"--init_from={target}", "--max_steps=1", code=(0,) if fine else (1,))
     # A tokenizer that brings code: beside the data, where train.py's samples and sample.py use it, and for prepare.py.
     shutil.rmtree(data / "tokenizer")
     shutil.copytree(folder / "code class", data / "tokenizer")
     attack(sample.main, "--checkpoint", checkpoint, "--max_new_tokens", "2", code=(0, 1))
     attack(train.main, f"--resume={out}", "--max_steps=6", "--sample_interval=1", code=(0, 1))
-    attack(prepare.main, "--input", folder / "data.txt", "--tokenizer", folder / "code class", "--out_dir", folder / "new data",
-           code=(0, 1))
+    attack(prepare.main, "--input", folder / "data.txt", "--tokenizer", folder / "code class", "--out_dir",
+           folder / "new data", code=(0, 1))
     if real:  # the same as commands, with a terminal's worth of consent on standard input
-        for argv in ([ROOT / "sample.py", "--checkpoint", folder / "code class"], [ROOT / "train.py", f"--resume={folder / 'evil0'}"]):
+        for argv in (["sample.py", "--checkpoint", folder / "code class"], ["train.py", f"--resume={folder}/evil0"]):
             tried += 1
-            done = subprocess.run([sys.executable, *map(str, argv)], input=b"y\n" * 9, capture_output=True, timeout=60, cwd=folder)
+            done = subprocess.run([sys.executable, ROOT / argv[0], *argv[1:]], input=b"y\n" * 9, capture_output=True,
+                                  timeout=60, cwd=folder)
             expect(not marker.exists() and b"Traceback" not in done.stderr, argv, done.stderr.decode())
 
     # And values that are plain, but nonsense: refused or used, in one line.
-    odd = [{"config": {}}, {"config": 3}, {"config": {**state["config"], "hidden_size": "wide"}}, {"model": {}}, {"optimizer": {}},
-           {"config": {**state["config"], "hidden_size": -4}}, {"config": {**state["config"], "num_attention_heads": 3}},
-           {"rng": []}, {"rng": [{}]}, {"step": "five"}, {"step": -1}, {"step": None}, {"best": 5}, {"seconds": "long"},
-           {"machine": None}, {"data": None}, {"scaler": None}, {"model": {**state["model"], "model.norm.weight": torch.ones(3)}}]
+    config = state["config"]
+    odd = [{"config": {}}, {"config": 3}, {"config": {**config, "hidden_size": "wide"}}, {"model": {}},
+           {"config": {**config, "hidden_size": -4}}, {"config": {**config, "num_attention_heads": 3}},
+           {"config": {**config, "learning_rate": "fast"}}, {"optimizer": {}},
+           {"model": {**state["model"], "model.norm.weight": torch.ones(3)}}, {"rng": []}, {"rng": [{}]},
+           {"step": "five"}, {"step": -1}, {"step": None}, {"best": 5}, {"seconds": "long"},
+           {"machine": None}, {"data": None}, {"scaler": None}]
     for i, new in enumerate(odd):
         path = folder / f"odd{i}" / "step_000005.pt"
         write(path, {**state, **new})
@@ -829,15 +839,16 @@ def edit_checkpoint(path, **machine):
 def other_machine(folder):
     """Resumed where the bits cannot be the same: says so and why, old → new, and goes on; other sizes are refused."""
     data, out, tried = make_data(folder / "data"), folder / "out", 0
-    done = run_main(train.main, *RUN, f"--data_dir={data}", f"--out_dir={out}", "--max_steps=10", "--lr_decay_steps=40")
-    expect(done.code == 0, done.err)
+    succeed(train_here(data, out, "--max_steps=10", "--lr_decay_steps=40"))
     before = snapshot(out)
     for machine, argv, words in (({"torch": "1.0.0"}, [], [f"torch 1.0.0 → {torch.__version__}"]),
                                  ({"device": "cuda (Fast 9000)"}, [], ["device cuda (Fast 9000) → cpu"]),
                                  ({"threads": 77}, [], ["threads 77 → "]), ({"processes": 1}, [], []),
                                  ({}, ["--dtype=bfloat16"], ["dtype float32 → bfloat16"]),
-                                 ({}, ["--batch_size=8", "--learning_rate=0.5"], ["batch_size 4 → 8", "learning_rate 0.01 → 0.5"]),
-                                 ({}, ["--seed=1"], ["seed 1337 → 1"]), ({}, ["--log_interval=2", "--eval_interval=5"], [])):
+                                 ({}, ["--batch_size=8", "--learning_rate=0.5"],
+                                  ["batch_size 4 → 8", "learning_rate 0.01 → 0.5"]),
+                                 ({}, ["--seed=1"], ["seed 1337 → 1"]),
+                                 ({}, ["--log_interval=2", "--eval_interval=5"], [])):
         shutil.rmtree(out)
         for name, raw in before.items():
             (out / name).parent.mkdir(parents=True, exist_ok=True)
@@ -845,7 +856,8 @@ def other_machine(folder):
         edit_checkpoint(train.checkpoints(out)[-1], **machine)
         done = run_main(train.main, f"--resume={out}", "--max_steps=12", *argv)
         said = "no longer the same run to the bit" in done.out
-        expect(done.code == 0 and said == bool(words) and all(w in done.out for w in words), machine, argv, done.out, done.err)
+        succeed(done)
+        expect(said == bool(words) and all(word in done.out for word in words), machine, argv, done.out)
         expect(last_step(out) == 12 and train.checkpoints(out)[-1].name == "step_000012.pt", done.out)
         tried += 1
     for argv in (["--hidden_size=64"], ["--vocab_size=4096"], ["--num_hidden_layers=3"], ["--rope_theta=5"]):
@@ -860,8 +872,7 @@ def other_machine(folder):
 def other_threads(folder):
     """A run with all threads, resumed by a process with OMP_NUM_THREADS=1."""
     data, out = make_data(folder / "data"), folder / "out"
-    done = run_main(train.main, *RUN, f"--data_dir={data}", f"--out_dir={out}", "--max_steps=10", threads=2)
-    expect(done.code == 0, done.err)
+    succeed(train_here(data, out, "--max_steps=10", threads=2))
     with Process([ROOT / "train.py", f"--resume={out}", "--max_steps=12"], folder, OMP_NUM_THREADS="1") as p:
         expect(p.wait() == 0 and "no longer the same run" in p.text and "threads 2 → 1" in p.text, p.text)
     return Row("another thread count", 1, 1, 0, "2 → 1")
@@ -873,7 +884,7 @@ def other_threads(folder):
 def memory(folder, steps=2000):
     """Resident memory of a run with evaluation, samples and checkpoints: its growth after the first hundred steps."""
     data, out, seen = make_data(folder / "data"), folder / "out", {}
-    keys = [f"--max_steps={steps}", "--sample_interval=50", "--eval_interval=50", "--checkpoint_interval=50", "--eval_tokens=600"]
+    keys = [f"--max_steps={steps}", *(f"--{what}_interval=50" for what in ("sample", "eval", "checkpoint"))]
     with training(folder, data, *keys, out=out) as p:
         while p.alive:
             rss = [line.split()[1] for line in status(p.pid).splitlines() if line.startswith("VmRSS")]
@@ -886,27 +897,27 @@ def memory(folder, steps=2000):
     last = max(rss for step, rss in seen.items() if step > steps - 100)
     growth = last / first - 1
     expect(growth < 0.02, f"resident memory grew by {growth:.1%}: {first} to {last} kB")
-    return Row("memory", steps, 0, 0, f"{first / 1024:.0f} MiB after 100 steps, {last / 1024:.0f} after {steps}: {growth:+.2%}")
+    note = f"{steps} steps: {first / 1024:.0f} MiB after 100, {last / 1024:.0f} at the end: {growth:+.2%}"
+    return Row("memory", 0, 0, 0, note)
 
 
 # ------------------------------------------------------------------------------------------------------------ fuzzing
 
-NUMBERS = ["0", "-1", "-0", "-0.0", "1", "2", "3", "0.5", "nan", "inf", "-inf", "1e999", "-1e999", "1e308", "1e-320", "1e5", "",
-           " ", "0x10", "1_000", "1__0", "٣", "½", "9" * 30, "-" + "9" * 30, "9" * 5000, "2**3", "4.0", "4.", "true", "True",
-           "none", "None", "[]", "()", "{}", "'4'", "four", "4 4", "4,5", "--4", "\N{SNOWMAN}", "\t4", "4\n", "1e", "e1", "+3",
-           str(2**31), str(2**48), str(2**63), str(2**64), "340282366920938463463374607431768211456", "\ud83d", "\udcff"]
-EXTREMES = ["0", "1", "2", "3", "4", "7", "65536", str(2**31), str(2**47), "1e-8", "0.99999", "1e-30", "1e30", "1e300", "5e-324",
-            "true", "false", "a\0b", "\udcff", "nowhere/x", "/proc/x", "/dev/null", ".", "", "é", "cpu", "cpu:1", "cuda", "cuda:99",
-            "mps", "meta", "xpu", "float16", "bfloat16", "float32"]  # many a key takes these
-TEXTS = [b"", b"\n", b" " * 5000, b"\0", b"\0" * 700, b"\xff\xfe", b"\xef\xbb\xbf", b"\xef\xbb\xbfhello there, all of you", b"\xc3",
-         b"abc \xc3( def", "é\N{SNOWMAN}\U0001f600 ".encode() * 90, b"x" * 9000, b"<|endoftext|>" * 40, b"\r\n\r\r\n" * 90,
-         b"\xed\xa0\x80", b"{}", b"[" * 3000, b'{"text": "one"}\n{"text": "two and more of it"}\n' * 20, b'{"text": 3}\n',
-         b'{"text": "\\ud800"}\n', b'{"other": "x"}\n', b'"text"\n', b"[1]\nnull\n", b'{"text": null}\n{"text": ""}\n',
-         b"First Citizen:\nBefore we proceed any further, hear me speak.\n" * 30]
-SMALL_KEYS = ["learning_rate", "min_lr", "warmup_steps", "lr_decay_steps", "weight_decay", "beta1", "beta2", "grad_clip", "seed",
-              "log_interval", "eval_interval", "eval_tokens", "sample_interval", "checkpoint_interval", "keep_checkpoints",
-              "rope_theta", "rms_norm_eps", "initializer_range", "micro_batch_size", "device", "dtype", "compile", "deterministic",
-              "init_from", "data_dir", "out_dir"]  # with these the run stays tiny, whatever the value
+NUMBERS = ["0", "-1", "-0", "-0.0", "1", "2", "3", "0.5", "nan", "inf", "-inf", "1e999", "-1e999", "1e308", "1e-320",
+           "1e5", "", " ", "0x10", "1_000", "1__0", "٣", "½", "9" * 30, "-" + "9" * 30, "9" * 5000, "2**3", "4.0", "4.",
+           "true", "True", "none", "None", "[]", "()", "{}", "'4'", "four", "4 4", "4,5", "--4", "\N{SNOWMAN}", "\t4",
+           "4\n", "1e", "e1", "+3", str(2**31), str(2**48), str(2**63), str(2**64), str(2**128), "\ud83d", "\udcff"]
+EXTREMES = {int: ["0", "1", "2", "3", "4", "7", "65536", str(2**31), str(2**47)], bool: ["true", "false", "0"],
+            float: ["0", "1", "2", "0.99999", "1e-8", "1e-30", "5e-324", "1e30", "1e300"],
+            str: ["a\0b", "\udcff", "nowhere/x", "/proc/x", "/dev/null", ".", "", "é", "cpu", "cpu:1", "cuda", "mps",
+                  "meta", "xpu", "cuda:99", "float16", "bfloat16", "adamw", "muon", "cosine", "wsd"]}  # of each type
+TEXTS = [b"", b"\n", b" " * 5000, b"\0", b"\0" * 700, b"\xff\xfe", b"\xef\xbb\xbf", b"\xef\xbb\xbfhello there, all",
+         b"\xc3", b"abc \xc3( def", "é\N{SNOWMAN}\U0001f600 ".encode() * 90, b"x" * 9000, b"<|endoftext|>" * 40,
+         b"\r\n\r\r\n" * 90, b"\xed\xa0\x80", b"{}", b"[" * 3000, b'{"text": "one"}\n{"text": "two and more"}\n' * 20,
+         b'{"text": 3}\n', b'{"text": "\\ud800"}\n', b'{"other": "x"}\n', b'"text"\n', b"[1]\nnull\n",
+         b'{"text": null}\n{"text": ""}\n', b"First Citizen:\nBefore we proceed any further, hear me speak.\n" * 30]
+LARGE_KEYS = {"max_steps", "batch_size", "block_size", *train.MODEL_KEYS}  # the other keys leave a run tiny
+SMALL_KEYS = [f for f in train.fields(train.TrainConfig) if f.name not in LARGE_KEYS]
 Case = namedtuple("Case", "script argv stdin files", defaults=[b"", {}])
 
 
@@ -914,18 +925,22 @@ def junk(rng, n=12):
     """A short text of anything, or a number that is none."""
     if rng.random() < 0.6:
         return rng.choice(NUMBERS)
-    return "".join(rng.choice("abz019 .,-_=+*/\\'\"#()[]{}\n\t%$~é\0\N{SNOWMAN}\U0001f600\udcff") for _ in range(rng.randrange(n)))
+    letters = "abz019 .,-_=+*/\\'\"#()[]{}\n\t%$~é\0\N{SNOWMAN}\U0001f600\udcff"
+    return "".join(rng.choice(letters) for _ in range(rng.randrange(n)))
 
 
 def recipe(rng):
     """The bytes of a recipe: a good one, with things in it that do not belong there."""
     keys = [f.name for f in train.fields(train.TrainConfig)]
-    lines = [f"{rng.choice(keys)} = {rng.choice(['1', '2', '64', '0.5', 'True', repr('x'), junk(rng)])}" for _ in range(rng.randrange(6))]
-    odd = [junk(rng, 40), "import os", "x" * 50 + " = 1", "batch_size = 2; block_size = 4", "batch_size += 1", "a = b = 3",
-           "batch_size, block_size = 2, 3", "batch_size: int = 4", "print(1)", "open('code was run', 'w')", "batch_size = 2 * 2",
-           "batch_size = " + "-" * 3000 + "1", "batch_size = " + "(" * 300 + "1", "learning_rate = 1e400", "'a docstring'", "3",
-           "seed = __import__('os').getpid()", "if True:\n  seed = 3", "seed = " + "9" * 5000, "out_dir = 'a\\0b'",
-           "out_dir = '\\ud800'", "learning_rate = 3+4j", "del seed", "batch_sise = 4", "device = b'cpu'", "seed = -1", "*seed = 3"]
+    values = ["1", "2", "64", "0.5", "True", "'x'", junk(rng)]
+    lines = [f"{rng.choice(keys)} = {rng.choice(values)}" for _ in range(rng.randrange(6))]
+    odd = [junk(rng, 40), "import os", "x" * 50 + " = 1", "batch_size = 2; block_size = 4", "batch_size += 1",
+           "a = b = 3", "batch_size, block_size = 2, 3", "batch_size: int = 4", "print(1)", "open('code was run', 'w')",
+           "del seed", "3", "batch_size = 2 * 2", "batch_size = " + "-" * 3000 + "1", "'a docstring'",
+           "batch_size = " + "(" * 300 + "1",
+           "learning_rate = 1e400", "learning_rate = 3+4j", "seed = __import__('os').getpid()", "if True:\n  seed = 3",
+           "seed = " + "9" * 5000, "out_dir = 'a\\0b'", "out_dir = '\\ud800'", "batch_sise = 4", "device = b'cpu'",
+           "seed = -1", "*seed = 3", "[seed] = 3", "seed.x = 3", "seed = (yield)", "lambda: 3"]
     for _ in range(rng.randrange(3)):
         lines.insert(rng.randrange(len(lines) + 1), rng.choice(odd))
     raw = bytearray("\n".join(lines).encode(errors=rng.choice(["surrogatepass", "replace"])))
@@ -940,29 +955,32 @@ def flags(rng, names, n, value=junk):
         key = rng.choice(names)
         if rng.random() < 0.1:
             key = key[:-1] + rng.choice("sx_-")
-        argv += [f"--{key}={value(rng)}"] if rng.random() < 0.7 else [f"--{key}", value(rng)] if rng.random() < 0.8 else [f"--{key}"]
+        argv += rng.choice([[f"--{key}={value(rng)}"]] * 4 + [[f"--{key}", value(rng)]] + [[f"--{key}"]])
     return argv
 
 
-SAMPLE_FLAGS = ["prompt", "temperature", "top_k", "top_p", "repetition_penalty", "seed", "max_new_tokens", "num_samples", "stop",
-                "device", "dtype", "checkpoint"]
-PREPARE_FLAGS = ["input", "dataset", "split", "column", "max_tokens", "tokenizer", "allow_unrepresentable", "out_dir", "val_fraction"]
+SAMPLE_FLAGS = ["prompt", "temperature", "top_k", "top_p", "repetition_penalty", "seed", "max_new_tokens",
+                "num_samples", "stop", "device", "dtype", "checkpoint"]
+PREPARE_FLAGS = ["input", "dataset", "split", "column", "max_tokens", "tokenizer", "allow_unrepresentable", "out_dir",
+                 "val_fraction"]
 
 
 def a_case(rng, kind, place, number):
     """One input of a kind; place: the folder with data/, out/ and bytes/ that all of them use."""
-    tiny = [*RUN, f"--data_dir={place / 'data'}", f"--out_dir={place / f'run{number}'}", "--max_steps=2", "--eval_tokens=64"]
+    tiny = [*RUN, f"--data_dir={place}/data", f"--out_dir={place}/run{number}", "--max_steps=2", "--eval_tokens=64"]
     if kind == "recipes":
         path = place / f"recipe{number}.py"
         keys = [f.name for f in train.fields(train.TrainConfig)]
         argv = [rng.choice([str(path)] * 8 + [str(place), str(path) + "?", ""])] if rng.random() < 0.8 else []
-        argv += flags(rng, keys, 4) + rng.choice([[]] * 6 + [["--resume", junk(rng)], ["--overwrite"], [junk(rng)], ["--help"]])
+        more = [["--resume", junk(rng)], ["--overwrite"], [junk(rng)], ["--help"]]
+        argv += flags(rng, keys, 4) + rng.choice([[]] * 6 + more)
         return Case("train.py", argv, files={path: recipe(rng)})
     if kind == "runs":
-        choice = rng.random()
-        if choice < 0.8:
-            return Case("train.py", [*tiny, *(f"--{rng.choice(SMALL_KEYS)}={rng.choice(EXTREMES) if rng.random() < 0.8 else junk(rng)}" for _ in range(rng.randrange(1, 4))),
-                                     *rng.choice([[], [], [], ["--resume=auto"], ["--overwrite"]])])
+        if rng.random() < 0.8:
+            chosen = rng.sample(SMALL_KEYS, rng.randrange(1, 4))
+            values = [(f.name, rng.choice(EXTREMES[f.type]) if rng.random() < 0.8 else junk(rng)) for f in chosen]
+            more = rng.choice([[], [], [], ["--resume=auto"], ["--overwrite"]])
+            return Case("train.py", [*tiny, *(f"--{key}={value}" for key, value in values), *more])
         path = place / f"odd{number}" / rng.choice(["step_000001.pt", "step_x.pt", "x", "step_000002.tmp"])
         argv = [f"--resume={rng.choice([path, path.parent])}", "--max_steps=2"]
         return Case("train.py", argv, files={path: rng.choice(TEXTS)})
@@ -973,27 +991,32 @@ def a_case(rng, kind, place, number):
                            junk(rng).encode(errors="replace")])
         argv = ["--checkpoint", rng.choice([place / "out"] * 8 + [place / "nothing", place / "data", place / "bytes"]),
                 "--max_new_tokens", rng.choice(["1", "3", "250", "300"])]
-        more = flags(rng, [f for f in SAMPLE_FLAGS if f not in ("checkpoint", "max_new_tokens", "prompt", "num_samples")], 2)
+        more = flags(rng, ["temperature", "top_k", "top_p", "repetition_penalty", "seed", "stop", "device", "dtype"], 2,
+                     lambda rng: rng.choice([junk(rng), rng.choice(EXTREMES[float])]))
         if rng.random() < 0.5:
             return Case("sample.py", [*argv, *more, "--prompt", "-"], stdin=text)
         return Case("sample.py", [*argv, *more, f"--prompt={os.fsdecode(text)}"])
     if kind == "prepare flags":
         return Case("prepare.py", flags(rng, PREPARE_FLAGS, 5))
     if kind == "texts":
-        path, second = place / f"text{number}{rng.choice(['.txt', '.md', '.jsonl', '', '.JSONL'])}", place / f"more{number}.txt"
+        path = place / f"text{number}{rng.choice(['.txt', '.md', '.jsonl', '', '.JSONL'])}"
+        second = place / f"more{number}.txt"
         raw = rng.choice(TEXTS) if rng.random() < 0.7 else bytes(rng.randrange(256) for _ in range(rng.randrange(900)))
         files = {path: raw, **({second: rng.choice(TEXTS)} if rng.random() < 0.3 else {})}
         more = flags(rng, ["val_fraction", "column"], 1) if rng.random() < 0.4 else []
         tokenizer = rng.choice([place / "bytes"] * 8 + [place / "data", path])
-        return Case("prepare.py", ["--input", *files, "--tokenizer", tokenizer, "--out_dir", place / f"made{number}", *more], files=files)
+        argv = ["--input", *files, "--tokenizer", tokenizer, "--out_dir", place / f"made{number}", *more]
+        return Case("prepare.py", argv, files=files)
     raise ValueError(kind)
 
 
 def plausible(case):
     """What a shell can pass, as bytes, and what is surely fetched from no network."""
-    argv = [str(word).replace("\0", "") for word in case.argv]
-    return case._replace(argv=[os.fsencode(word.encode("utf-8", "surrogateescape" if word.isprintable() else "replace")
-                                           if not any(0xd800 <= ord(c) < 0xdc80 for c in word) else b"\xed\xa0\x80") for word in argv])
+    def as_bytes(word):
+        if any(0xd800 <= ord(c) < 0xdc80 for c in word):  # half a character, which no argument can be
+            return b"\xed\xa0\x80"
+        return os.fsencode(word)
+    return case._replace(argv=[as_bytes(str(word).replace("\0", "")) for word in case.argv])
 
 
 class Hang(BaseException):
@@ -1032,8 +1055,7 @@ def fault_of(case, result, place, number):
 def fuzz_place(folder):
     place = folder / "fuzz"
     make_data(place / "data")
-    done = run_main(train.main, *RUN, f"--data_dir={place / 'data'}", f"--out_dir={place / 'out'}", "--max_steps=5")
-    expect(done.code == 0, done.err)
+    succeed(train_here(place / "data", place / "out", "--max_steps=5"))
     return place
 
 
@@ -1041,7 +1063,7 @@ FUZZED = ["recipes"] * 8 + ["sample flags"] * 3 + ["prepare flags"] * 3 + ["runs
 
 
 def fuzz(folder, n, seed=0, say=print, kinds=FUZZED):
-    """n random inputs in this process: recipes and flags are parsed and checked; runs, prompts and texts really made."""
+    """n random inputs in this process: recipes and flags are parsed and checked; runs, prompts and texts are made."""
     rng, place = random.Random(seed), fuzz_place(folder)
     before = snapshot(place / "out")
     wrong, tried, ended = [], dict.fromkeys(kinds, 0), {}
@@ -1072,9 +1094,11 @@ def fuzz(folder, n, seed=0, say=print, kinds=FUZZED):
             finally:
                 signal.alarm(0)
             tried[kind] += 1
-            ended[result.code if isinstance(result, Result) else fault] = ended.get(result.code if isinstance(result, Result) else fault, 0) + 1
+            end = result.code if isinstance(result, Result) else "crash"
+            ended[end] = ended.get(end, 0) + 1
             if fault:
-                wrong.append((kind, fault, [str(w)[:200] for w in case.argv], case.stdin[:60], {k.name: v[:300] for k, v in case.files.items()}, result))
+                files = {path.name: raw[:300] for path, raw in case.files.items()}
+                wrong.append((kind, fault, [str(word)[:200] for word in case.argv], case.stdin[:60], files, result))
             if say and (number + 1) % 500 == 0:
                 say(f"  {number + 1} inputs, {len(wrong)} wrong")
             for path in (place / f"run{number}", place / f"made{number}", place / f"odd{number}"):
@@ -1089,16 +1113,25 @@ def fuzz(folder, n, seed=0, say=print, kinds=FUZZED):
     for each in wrong[:20]:
         say and say(each)
     expect(not wrong, f"{len(wrong)} of {n} inputs: ", *wrong[:3])
-    note = ", ".join(f"{v} {k}" for k, v in tried.items()) + "; exit codes " + ", ".join(f"{k}: {v}" for k, v in sorted(ended.items()))
-    return Row("fuzzing, in one process", n, 0, len(wrong), note)
+    note = ", ".join(f"{count} {kind}" for kind, count in tried.items())
+    return Row("fuzzing, in one process", n, 0, len(wrong), f"{note}; {exits(ended)}")
+
+
+def exits(ended):
+    return "exit codes " + ", ".join(f"{code}: {count}" for code, count in sorted(ended.items()))
+
+
+def at_most_8_gb():
+    resource.setrlimit(resource.RLIMIT_AS, (8 * 2**30, 8 * 2**30))
 
 
 def commands(folder, n, seed=0, say=print, together=2):
     """n random inputs as real commands of all four scripts, two at a time, at most a minute and 8 GB each."""
     rng, place = random.Random(seed), fuzz_place(folder)
     kinds = ["runs", "recipes", "prompts", "sample flags", "texts", "prepare flags", "model"]
-    fixed = [Case("train.py", [*RUN, f"--data_dir={place / 'data'}", f"--out_dir={place / 'huge'}", "--hidden_size=65536"]),
-             Case("train.py", [*RUN, f"--data_dir={place / 'data'}", f"--out_dir={place}/\udcff", "--max_steps=1"]),
+    tiny = [*RUN, f"--data_dir={place / 'data'}", "--max_steps=1"]
+    fixed = [Case("train.py", [*tiny, f"--out_dir={place / 'huge'}", "--hidden_size=65536"]),
+             Case("train.py", [*tiny, f"--out_dir={place}/\udcff"]),
              Case("sample.py", ["--checkpoint", place / "out", "--max_new_tokens", "2", "--prompt", "\udcff"]),
              Case("prepare.py", ["--input", place / "\udcff.txt"])]
     queue, wrong, ended, active, done = [], [], {}, [], 0
@@ -1126,10 +1159,9 @@ def commands(folder, n, seed=0, say=print, together=2):
             streams = [open(place / f"{number}.{name}", "w+b") for name in ("in", "out", "err")]
             streams[0].write(case.stdin)
             streams[0].seek(0)
-            popen = subprocess.Popen([sys.executable, ROOT / case.script, *case.argv], cwd=place, start_new_session=True,
-                                     stdin=streams[0], stdout=streams[1], stderr=streams[2],
-                                     env={**os.environ, "HF_HUB_OFFLINE": "1"},
-                                     preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_AS, (8 * 2**30, 8 * 2**30)))
+            popen = subprocess.Popen([sys.executable, ROOT / case.script, *case.argv], cwd=place, stdin=streams[0],
+                                     stdout=streams[1], stderr=streams[2], start_new_session=True,
+                                     env={**os.environ, "HF_HUB_OFFLINE": "1"}, preexec_fn=at_most_8_gb)
             active.append((number, case, popen, streams, time.monotonic()))
         for entry in list(active):
             number, case, popen, streams, began = entry
@@ -1155,7 +1187,7 @@ def commands(folder, n, seed=0, say=print, together=2):
     for each in wrong[:20]:
         say and say(each)
     expect(not wrong, f"{len(wrong)} of {n} commands:", *wrong[:3])
-    return Row("fuzzing, real commands", n, 0, len(wrong), "exit codes " + ", ".join(f"{k}: {v}" for k, v in sorted(ended.items())))
+    return Row("fuzzing, real commands", n, 0, len(wrong), exits(ended))
 
 
 # ---------------------------------------------------------------------------------------------------------- campaign
@@ -1191,7 +1223,7 @@ def main():
     args = parser.parse_args()
     rows, failed, began = [], [], time.monotonic()
     for name in args.only:
-        print(f"{name}: {PARTS[name].__name__ and ''}", end="", flush=True)
+        print(f"{name}:", flush=True)
         start = time.monotonic()
         with tempfile.TemporaryDirectory(prefix="torture_") as folder:
             try:
@@ -1203,7 +1235,7 @@ def main():
                 row = Row(name, "", "", "FAILED", (str(e).splitlines() or [type(e).__name__])[0][:100])
                 failed.append(name)
         rows.append(row)
-        print(f"{row.fault}: {time.monotonic() - start:.0f} s", flush=True)
+        print(f"  {time.monotonic() - start:.0f} s: {' | '.join(map(str, row))}", flush=True)
     print(f"\ntorch {torch.__version__}, {os.cpu_count()} cores, {time.monotonic() - began:.0f} s\n\n"
           f"| fault | injected | resumed | lost | |\n| --- | ---: | ---: | ---: | --- |")
     for row in rows:
