@@ -410,38 +410,38 @@ def write_ids(folder, parts, eos, args, bar):
 
     Gives each side's counts, the document of lowest hash as (its first id, its counts), and of each piece of the last
     document (ids, characters, bytes)."""
-    files = {side: open(folder / f"{side}.bin", "wb") for side in ("train", "val")}
-    total, began = {side: Counter() for side in files}, time.monotonic()
+    total, began = {"train": Counter(), "val": Counter()}, time.monotonic()
     lowest_key, lowest, marks = 2, None, []
-    for _, parts in itertools.groupby(parts, key=lambda part: part[0].document):
-        here, marks, shown = Counter(documents=1), [], []
-        for piece, ids, bad in parts:
-            side = "val" if piece.key < args.val_fraction and eos is not None else "train"
-            files[side].write(np.array(ids, dtype="<u2").tobytes())
-            marks.append((len(ids), len(piece.text), len(piece.text.encode())))
-            here.update(tokens=len(ids), characters=len(piece.text), bytes=marks[-1][2], lost=len(bad))
-            shown += bad[:5 - len(shown)]
-            tokens = total["train"]["tokens"] + total["val"]["tokens"] + here["tokens"] + (eos is not None)
-            documents = total["train"]["documents"] + total["val"]["documents"] + 1
-            bar.set_postfix_str(f"{documents:,} documents, {tokens:,} tokens, "
-                                f"{tokens / (time.monotonic() - began + 1e-9):,.0f} tokens/s", refresh=False)
-        if shown:
-            message = f"{here['lost']:,} characters of {piece.name} have no token: " + "; ".join(shown)
-            if not args.allow_unrepresentable:
-                fail(f"{message}. Remove such characters, or drop them with --allow_unrepresentable")
-            say(f"dropped: {message}")
-        if eos is not None:
-            files[side].write(np.array([eos], dtype="<u2").tobytes())
-            here["tokens"] += 1
-        if args.max_tokens and tokens > args.max_tokens:
-            files[side].truncate(2 * total[side]["tokens"])
-            break
-        if piece.key < lowest_key:
-            lowest_key, lowest = piece.key, (total[side]["tokens"], here)
-        total[side].update(here)
-        bar.update({"tokens": here["tokens"], "documents": 1}.get(bar.unit, 0))
-    for file in files.values():
-        file.close()
+    with open(folder / "train.bin", "wb") as train, open(folder / "val.bin", "wb") as val:
+        files = {"train": train, "val": val}
+        for _, parts in itertools.groupby(parts, key=lambda part: part[0].document):
+            here, pieces, shown = Counter(documents=1), [], []
+            for piece, ids, bad in parts:
+                side = "val" if piece.key < args.val_fraction and eos is not None else "train"
+                files[side].write(np.array(ids, dtype="<u2").tobytes())
+                pieces.append((len(ids), len(piece.text), len(piece.text.encode())))
+                here.update(tokens=len(ids), characters=len(piece.text), bytes=pieces[-1][2], lost=len(bad))
+                shown += bad[:5 - len(shown)]
+                tokens = total["train"]["tokens"] + total["val"]["tokens"] + here["tokens"] + (eos is not None)
+                documents = total["train"]["documents"] + total["val"]["documents"] + 1
+                bar.set_postfix_str(f"{documents:,} documents, {tokens:,} tokens, "
+                                    f"{tokens / (time.monotonic() - began + 1e-9):,.0f} tokens/s", refresh=False)
+            if shown:
+                message = f"{here['lost']:,} characters of {piece.name} have no token: " + "; ".join(shown)
+                if not args.allow_unrepresentable:
+                    fail(f"{message}. Remove such characters, or drop them with --allow_unrepresentable")
+                say(f"dropped: {message}")
+            if eos is not None:
+                files[side].write(np.array([eos], dtype="<u2").tobytes())
+                here["tokens"] += 1
+            if args.max_tokens and tokens > args.max_tokens:
+                files[side].truncate(2 * total[side]["tokens"])
+                break
+            if piece.key < lowest_key:
+                lowest_key, lowest = piece.key, (total[side]["tokens"], here)
+            marks = pieces
+            total[side].update(here)
+            bar.update({"tokens": here["tokens"], "documents": 1}.get(bar.unit, 0))
     return total, lowest, marks
 
 
@@ -552,7 +552,8 @@ def prepare(args):
         tokenizer, origin, no_tokenizer = load_tokenizer(args.tokenizer)
         stand_in = " and ".join(["text"] * no_text + ["tokenizer"] * no_tokenizer) or None
         if stand_in and is_real(out_dir):
-            fail(f"--out_dir {out_dir}: stays as it was: it has real data, and now the {stand_in} could not be fetched")
+            fail(f"--out_dir {out_dir}: holds real data and stays as it was, as the {stand_in} could not be fetched; "
+                 "give local copies (--input, --tokenizer) or another --out_dir")
         if not one_text and tokenizer.eos_token_id is None:
             fail(f"--tokenizer {origin}: has no end-of-text token to set between documents; give it an eos_token")
         try:

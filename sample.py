@@ -66,7 +66,7 @@ def load(checkpoint, say):
 
     state: the checkpoint's dict, with its path as "file"; None for weights in Hugging Face's format."""
     import torch
-    from transformers import AutoTokenizer
+    from transformers import PreTrainedTokenizerFast
     from transformers.utils import logging
 
     from model import SmolLM2, SmolLM2Config, from_pretrained
@@ -93,7 +93,8 @@ def load(checkpoint, say):
     else:
         model, folder, state = from_pretrained(checkpoint), checkpoint, None
     try:
-        return model, AutoTokenizer.from_pretrained(folder, trust_remote_code=False), state
+        # (AutoTokenizer of transformers 5 rebuilds this tokenizer in another class, and loses the splitting of digits.)
+        return model, PreTrainedTokenizerFast.from_pretrained(folder), state
     except Exception as e:
         raise ValueError(f"no tokenizer in {folder}: {(str(e) or repr(e)).splitlines()[0]}") from None
 

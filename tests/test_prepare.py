@@ -29,7 +29,7 @@ def real():
     folder = os.environ.get("SMOLLM2_TEST_DATA")
     if not folder or not Path(folder, "input.txt").is_file():
         pytest.skip("SMOLLM2_TEST_DATA does not name a folder with input.txt and tokenizer/")
-    return Path(folder)
+    return Path(folder).resolve()
 
 
 @pytest.fixture(scope="session")
@@ -317,6 +317,10 @@ def test_datasets_library_reads_parquet_and_jsonl_and_stops_at_max_tokens(run):
     meta = meta_of()
     assert 4800 < meta["tokens"] <= 5000 and sum(map(len, ids_of())) == meta["tokens"] and 0 < meta["documents"] < 200
     assert "".join(map(decode, ids_of())).count("<|endoftext|>") == meta["documents"]
+    assert run("--dataset", "docs.parquet", "--column", "body", "--max_tokens", 100)[0] == 0  # room for only one
+    train, val = map(decode, ids_of())
+    assert meta_of()["documents"] == 1 and train + val == texts[0] + "<|endoftext|>"
+    assert meta_of()["val_bytes"] == len(val) - len("<|endoftext|>")
     code, _, err = run("--dataset", "docs.parquet")
     assert code == 1 and "--column text: not in docs.parquet, record 1, which has body" in err
     code, _, err = run("--dataset", write("torn.parquet", Path("docs.parquet").read_bytes()[:-100]), "--column", "body")
