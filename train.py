@@ -24,6 +24,7 @@ import sys
 import time
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, fields, replace
+from datetime import timedelta
 from functools import lru_cache
 from pathlib import Path
 
@@ -264,6 +265,23 @@ def compiler_problem(device):
         torch._dynamo.reset()
 
 
+def fresh_store(rank):
+    """A TCPStore of this attempt's own: torchrun's outlives a restart, and with it the addresses of the dead.
+
+    Source: https://github.com/pytorch/pytorch/issues/135712"""
+    addr, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    torchruns = dist.TCPStore(addr, port)
+    if rank == 0:
+        store = dist.TCPStore(addr, 0, is_master=True, wait_for_workers=False)
+        torchruns.set("port", str(store.port))
+        return store
+    while True:
+        try:
+            return dist.TCPStore(addr, int(torchruns.get("port")), timeout=timedelta(seconds=2))
+        except dist.DistError:  # the port of an attempt before: process 0 has not set its own yet
+            time.sleep(0.1)
+
+
 def set_up_machine(config):
     """Chooses device, dtype and compilation, joins the other processes, and makes the arithmetic repeatable."""
     rank, local_rank, world_size = (int(os.environ.get(key, default)) for key, default in
@@ -286,7 +304,8 @@ def set_up_machine(config):
     dtype = best if config.dtype == "auto" else config.dtype
     reason = "as asked" if config.dtype != "auto" else why
     if world_size > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        store = fresh_store(rank) if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" else None
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=store, rank=rank, world_size=world_size)
     if config.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
@@ -648,17 +667,20 @@ def peak_memory(device):
 
 
 class Stop:
-    """Turns the first SIGINT or SIGTERM into a wish to stop after the step; a second Ctrl-C leaves at once."""
+    """Turns the first SIGINT or SIGTERM into a wish to stop after the step; a second Ctrl-C leaves at once.
+
+    Before training() there is nothing to save, and a signal ends the process wherever it is, a connection included."""
 
     def __init__(self):
-        self.signum, self.agreed, self.training = None, None, False  # agreed: all processes know of the signal
+        self.signum, self.agreed = None, None  # agreed: all processes know of the signal
+        for signum in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(signum, signal.SIG_DFL)
+
+    def training(self):
         for signum in (signal.SIGINT, signal.SIGTERM):
             signal.signal(signum, self.handle)
 
     def handle(self, signum, frame):
-        if not self.training:  # nothing to save yet
-            os.write(2, b"train.py: stopped before the first step\n")
-            os._exit(128 + signum)
         if self.signum is None:
             self.signum = signum
             os.write(2, b"\ntrain.py: finishing the step, then saving (Ctrl-C again leaves at once)\n")
@@ -917,12 +939,15 @@ def main(argv=None):
         if rank == 0:
             clear_room(config, step, args.overwrite, model)
             banner(config, machine, model, data, step, say)
-        stop.training = True
+        stop.training()
         step = train(config, machine, model, data, state, stop, say)
     except OSError as e:
         sys.exit(f"train.py: {e.strerror or e}{f': {e.filename}' if e.filename else ''}. Checkpoints already in {out} "
                  f"are whole: when there is room or permission to write, {again} goes on exactly")
     except (MemoryError, RuntimeError) as e:
+        if stop.signum:  # Ctrl-C reaches the C++ compiler, too, and torchrun ends the other processes
+            print(f"train.py: stopped within a step; {again} goes on exactly from the checkpoint before", file=sys.stderr)
+            raise SystemExit(128 + stop.signum) from None
         if not isinstance(e, (MemoryError, torch.OutOfMemoryError)) and "allocate" not in str(e):
             raise
         sys.exit("train.py: out of memory: lower micro_batch_size or block_size; checkpoints are whole")

@@ -84,10 +84,14 @@ def test_killed_worker_is_restarted_and_goes_on_by_itself(shared, tmp_path):
     _, data, two, _ = shared
     out = tmp_path / "out"
     with torchrun(tmp_path, *keys(data), agent=("--standalone", "--nproc_per_node=2", "--max-restarts=3")) as p:
-        for rank, step in (("1", 12), ("0", 24)):
-            p.until(lambda: last_step(out) >= step)
-            (worker,) = [pid for pid in descendants(p.pid) if f"\0RANK={rank}\0" in "\0" + environment(pid)]
-            os.kill(worker, signal.SIGKILL)
+        for restarts, (rank, step) in enumerate((("1", 7), ("0", 14))):
+            found = []
+
+            def worker():  # known before the step is there: forty steps are soon over
+                found[:] = [pid for pid in descendants(p.pid) if f"\0RANK={rank}\0" in "\0" + environment(pid)]
+                return len(found) == 1 and last_step(out) >= step and p.text.count("writes ") > restarts
+            p.until(worker)
+            os.kill(found[0], signal.SIGKILL)
         expect(p.wait() == 0, p.text)
         assert p.text.count("going on from") >= 2, p.text
     assert lost_bits(two, out) == 0
