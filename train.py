@@ -669,12 +669,17 @@ def peak_memory(device):
 class Stop:
     """Turns the first SIGINT or SIGTERM into a wish to stop after the step; a second Ctrl-C leaves at once.
 
-    Before training() there is nothing to save, and a signal ends the process wherever it is, a connection included."""
+    Before training() there is nothing to save, and the process leaves; one of several by the system's own handler, since
+    Python's would wait for the end of a connection."""
 
-    def __init__(self):
+    def __init__(self, alone):
         self.signum, self.agreed = None, None  # agreed: all processes know of the signal
         for signum in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(signum, signal.SIG_DFL)
+            signal.signal(signum, self.leave if alone else signal.SIG_DFL)
+
+    def leave(self, signum, frame):
+        os.write(2, b"train.py: stopped before the first step\n")
+        os._exit(128 + signum)
 
     def training(self):
         for signum in (signal.SIGINT, signal.SIGTERM):
@@ -887,8 +892,8 @@ def main(argv=None):
     if hasattr(sys.stdout, "reconfigure"):  # what the terminal cannot show, of a sample or a name, ends no run
         sys.stdout.reconfigure(errors="backslashreplace")
     overrides, args = parse_args(argv)
-    stop = Stop()
     rank, world_size, held = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)), None
+    stop = Stop(alone=world_size == 1)
     say = tqdm.write if rank == 0 else lambda text: None
     out = Path(overrides.get("out_dir", "out"))
     try:
