@@ -601,10 +601,10 @@ def evaluate(net, data, config, machine):
 
 def write_sample(model, data, config, machine, step):
     """Continues the first held-out tokens, and writes the text to out_dir/samples; returns it."""
-    from transformers import AutoTokenizer
+    from transformers import PreTrainedTokenizerFast
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(data.folder / "tokenizer", trust_remote_code=False)
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(data.folder / "tokenizer")
     except Exception as e:  # no reason to lose a run
         return f"none: no tokenizer in {data.folder / 'tokenizer'}: {(str(e) or repr(e)).splitlines()[0]}"
     generator = torch.Generator(machine.device).manual_seed(config.seed + step)  # its own: training draws from others
@@ -748,6 +748,18 @@ def build_model(config, state):
     return model
 
 
+def restore(state, optimizers, scaler, machine):
+    """Puts the checkpoint dict `state` into all that has a state, but for the model. Ends the program if it cannot be."""
+    try:
+        for key, optimizer in optimizers.items():  # the old state, but the rates and betas of the config
+            optimizer.load_state_dict({**state[key], "param_groups": optimizer.state_dict()["param_groups"]})
+        scaler.load_state_dict(state["scaler"])
+        if len(state["rng"]) == machine.world_size:
+            set_rng_state(state["rng"][machine.rank])
+    except (KeyError, TypeError, ValueError, AttributeError) as e:  # no work of this program
+        sys.exit(f"train.py: the checkpoint does not hold a run: {e!r}")
+
+
 def train(config, machine, model, data, state, stop, say):
     """The loop, from the checkpoint dict `state` or from the start. Returns the step at which it ended."""
     model.to(machine.device)
@@ -758,15 +770,8 @@ def train(config, machine, model, data, state, stop, say):
     torch.manual_seed(config.seed + machine.rank)
     step, seconds, best, saved = 0, 0.0, None, None  # saved: the step that is on disk
     if state:
-        try:
-            for key, optimizer in optimizers.items():  # the old state, but the rates and betas of the config
-                optimizer.load_state_dict({**state[key], "param_groups": optimizer.state_dict()["param_groups"]})
-            scaler.load_state_dict(state["scaler"])
-            if len(state["rng"]) == machine.world_size:
-                set_rng_state(state["rng"][machine.rank])
-            step, seconds, best, saved = state["step"], state["seconds"], state["best"], state["step"]
-        except (KeyError, TypeError, ValueError, AttributeError) as e:  # no work of this program
-            sys.exit(f"train.py: the checkpoint does not hold a run: {e!r}")
+        restore(state, optimizers, scaler, machine)
+        step, seconds, best, saved = state["step"], state["seconds"], state["best"], state["step"]
         state.clear()  # frees its memory
     if machine.compile:
         model.compile_for_training()
@@ -888,6 +893,40 @@ def start_or_resume(overrides, args, say):
     return config, state, {key: pair for key, pair in changes.items() if key not in FREE_ON_RESUME}
 
 
+def set_up_run(config, overrides, state, changes, say):
+    """Returns (config, machine, model, data) for a run from the checkpoint dict `state`, or from the start (None).
+
+    Says what is no longer as the checkpoint had it. Ends the program where the run cannot be what was asked for."""
+    if not state and not config.lr_decay_steps:
+        config = replace(config, lr_decay_steps=config.max_steps)
+    machine = set_up_machine(config)
+    model = build_model(config, state)
+    sizes = {key: getattr(model.config, key) for key in MODEL_KEYS}
+    if other := [key for key in overrides if key in FIXED_ON_RESUME and sizes.get(key, overrides[key]) != overrides[key]]:
+        usage_error(f"{other[0]} = {overrides[other[0]]}: init_from has {sizes[other[0]]}; leave the sizes out")
+    config = replace(config, **sizes)  # of init_from
+    check(config, machine.world_size)
+    data = load_data(config, machine.rank == 0)
+    if state and state["data"] != data.fingerprint():
+        if "data_dir" not in overrides:
+            sys.exit(f"train.py: {config.data_dir} is not the data that this run was trained on: restore it, or name "
+                     f"it with --data_dir={config.data_dir} to go on with it all the same")
+        changes["data"] = (state["data"], data.fingerprint())
+    if state:
+        now = machine.fingerprint(config)
+        changes |= {key: (state["machine"].get(key), now[key]) for key in now if state["machine"].get(key) != now[key]}
+    if changes:
+        say("no longer the same run to the bit, since these differ: " +
+            ", ".join(f"{key} {old} → {new}" for key, (old, new) in sorted(changes.items())))
+    if machine.world_size > 1:
+        step, starts = state["step"] if state else 0, [None] * machine.world_size
+        dist.all_gather_object(starts, (step, data.fingerprint(), {**asdict(config), "out_dir": "", "data_dir": ""}))
+        if other := [rank for rank, start in enumerate(starts) if start != starts[0]]:
+            sys.exit(f"train.py: process 0 is at step {starts[0][0]}, process {other[0]} at step {starts[other[0]][0]}, or "
+                     "data or settings differ: every machine needs the same command, data_dir and (to resume) out_dir")
+    return config, machine, model, data
+
+
 def main(argv=None):
     if hasattr(sys.stdout, "reconfigure"):  # what the terminal cannot show, of a sample or a name, ends no run
         sys.stdout.reconfigure(errors="backslashreplace")
@@ -913,34 +952,8 @@ def main(argv=None):
             say(f"the run is finished: step {state['step']} of {config.max_steps}. Longer: {again} --max_steps="
                 f"{state['step'] + 1000}; text: python sample.py --prompt \"ROMEO:\"{other_out}")
             return
-        if not state and not config.lr_decay_steps:
-            config = replace(config, lr_decay_steps=config.max_steps)
-        machine = set_up_machine(config)
-        model = build_model(config, state)
-        sizes = {key: getattr(model.config, key) for key in MODEL_KEYS}
-        if other := [key for key in overrides if key in FIXED_ON_RESUME and sizes.get(key, overrides[key]) != overrides[key]]:
-            usage_error(f"{other[0]} = {overrides[other[0]]}: init_from has {sizes[other[0]]}; leave the sizes out")
-        config = replace(config, **sizes)  # of init_from
-        check(config, world_size)
-        data = load_data(config, rank == 0)
-        if state and state["data"] != data.fingerprint():
-            if "data_dir" not in overrides:
-                sys.exit(f"train.py: {config.data_dir} is not the data that this run was trained on: restore it, or name "
-                         f"it with --data_dir={config.data_dir} to go on with it all the same")
-            changes["data"] = (state["data"], data.fingerprint())
-        if state:
-            now = machine.fingerprint(config)
-            changes |= {key: (state["machine"].get(key), now[key]) for key in now if state["machine"].get(key) != now[key]}
-        if changes:
-            say("no longer the same run to the bit, since these differ: " +
-                ", ".join(f"{key} {old} → {new}" for key, (old, new) in sorted(changes.items())))
+        config, machine, model, data = set_up_run(config, overrides, state, changes, say)
         step = state["step"] if state else 0
-        if world_size > 1:
-            starts = [None] * world_size
-            dist.all_gather_object(starts, (step, data.fingerprint(), {**asdict(config), "out_dir": "", "data_dir": ""}))
-            if other := [rank for rank in range(world_size) if starts[rank] != starts[0]]:
-                sys.exit(f"train.py: process 0 is at step {starts[0][0]}, process {other[0]} at step {starts[other[0]][0]}, or "
-                         "data or settings differ: every machine needs the same command, data_dir and (to resume) out_dir")
         if rank == 0:
             clear_room(config, step, args.overwrite, model)
             banner(config, machine, model, data, step, say)

@@ -1,4 +1,5 @@
 """Many processes: the losses of one, the same bits after every stop, and an end for all when one fails."""
+import json
 import os
 import signal
 import socket
@@ -41,24 +42,33 @@ def keys(data, *more):
     return [*RUN, f"--data_dir={data}", "--out_dir=out", f"--max_steps={STEPS}", "--resume=auto", *more]
 
 
+def lines(out):
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
 def test_two_processes_have_the_losses_of_one(shared, tmp_path):
     folder, data, two, text = shared
     done = run_main(train.main, *RUN, f"--data_dir={data}", f"--out_dir={tmp_path / 'one'}", f"--max_steps={STEPS}",
                     "--micro_batch_size=1")
     assert done.code == 0, done.err
     one, two = (train.read_checkpoint(out / f"step_{STEPS:06d}.pt") for out in (tmp_path / "one", two))
-    import json
-    lines = [
-        [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-        for out in (tmp_path / "one", folder / "two")
-    ]
-    for a, b in zip(*lines, strict=True):
+    of_one, of_two = lines(tmp_path / "one"), lines(folder / "two")
+    for a, b in zip(of_one, of_two, strict=True):
         for key in ("loss", "grad_norm", *(["val_loss"] if "val_loss" in a else [])):
             assert a[key] == pytest.approx(b[key], rel=2e-4), (a, b)
-    assert lines[0][0]["loss"] == pytest.approx(lines[1][0]["loss"], rel=1e-6)
-    assert [line["step"] for line in lines[1]] == list(range(1, STEPS + 1))
+    assert of_one[0]["loss"] == pytest.approx(of_two[0]["loss"], rel=1e-6)
+    assert [line["step"] for line in of_two] == list(range(1, STEPS + 1))
     assert len(one["rng"]) == 1 and len(two["rng"]) == 2 and differences(two["rng"][0], two["rng"][1])
     assert two["machine"]["processes"] == 2
+
+
+def test_two_processes_have_the_losses_of_one_with_muon(shared, tmp_path):
+    keys = [*RUN, f"--data_dir={shared[1]}", "--optimizer=muon", "--max_steps=12"]
+    assert run_main(train.main, *keys, f"--out_dir={tmp_path / 'one'}").code == 0
+    with torchrun(tmp_path, *keys, "--out_dir=two") as p:
+        expect(p.wait() == 0, p.text)
+    for a, b in zip(lines(tmp_path / "one"), lines(tmp_path / "two"), strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-3)  # Muon's products are in bf16
 
 
 def test_one_process_writes_and_prints(shared):

@@ -146,7 +146,8 @@ def test_ctrl_c_before_the_first_step_is_quiet(start_train):
     assert "Traceback" not in process.log.read_text()
 
 
-@pytest.mark.parametrize("keys", [["dtype=float32"], ["dtype=float16"], ["optimizer=muon", "lr_schedule=wsd"]])
+@pytest.mark.parametrize("keys", [["dtype=float32"], ["dtype=float16"], ["optimizer=muon", "lr_schedule=wsd"],
+                                  ["optimizer=muon", "dtype=float16"]])
 def test_other_dtypes_and_optimizers_resume_to_the_bit(keys, run_train, resume):
     """float16: the gradient scaler's state is part of it."""
     keys = [f"--{key}" for key in keys] + ["--learning_rate=1e-3", "--lr_decay_steps=9"]

@@ -117,7 +117,8 @@ def decode_ours(args):
     rows, prompt, new = args.rows
 
     def step():
-        return stream(generate(model, torch.randint(0, 49152, (rows, prompt), device=device), new, temperature=0), rows)
+        ids = torch.randint(0, 49152, (rows, prompt), device=device)
+        return stream(generate(model, ids, new, compile=device == "cpu", temperature=0), rows)
     return step
 
 
@@ -163,10 +164,10 @@ def decode_llama_cpp(args):
 def encode_text(args):
     """Tokenizes 50 MB as prepare.py does (its check that nothing was lost aside), on all cores or on one."""
     os.environ["TOKENIZERS_PARALLELISM"] = str(not args.one_core).lower()
-    from transformers import AutoTokenizer
+    from transformers import PreTrainedTokenizerFast
 
     import prepare
-    backend = AutoTokenizer.from_pretrained(Path(args.data_dir, "tokenizer")).backend_tokenizer
+    backend = PreTrainedTokenizerFast.from_pretrained(Path(args.data_dir, "tokenizer")).backend_tokenizer
     ids = np.fromfile(Path(args.data_dir, "train.bin"), dtype="<u2")
     text = backend.decode(ids.tolist())
     pieces = list(prepare.cut([text * (1 + 50_000_000 // len(text))]))
