@@ -4,7 +4,7 @@
     python train.py config/tiny.py --max_steps=100            # any key of TrainConfig: --key=value or --key value
     python train.py --resume                                  # goes on from the newest whole checkpoint in out/
     python train.py --resume --max_steps=5050                 # makes a finished run longer
-    torchrun --standalone --nproc_per_node=8 train.py config/smollm2.py --resume=auto
+    torchrun --standalone --nproc_per_node=4 train.py config/smollm2.py --resume=auto
 """
 import argparse
 import ast
@@ -974,6 +974,7 @@ def main(argv=None):
             held.close()
     where = f"{out / f'step_{step:06d}.pt'} is written"
     if world_size > 1:
+        dist.barrier()  # gloo's threads outlive the group, and one still at work aborts a process that ends (#190489)
         dist.destroy_process_group()
     if stop.signum:
         say(f"stopped at step {step}; {where}. Go on with: {again}")

@@ -8,6 +8,6 @@ learning_rate = 5e-5  # a sixth of the rate from scratch: the weights are good a
 min_lr = 5e-6
 warmup_steps = 20
 weight_decay = 0.1
-eval_interval = 50  # the held-out loss soon rises again: sample from out-finetune/best
+eval_interval = 50  # sample.py --checkpoint out-finetune/best takes the lowest
 checkpoint_interval = 50
 sample_interval = 100

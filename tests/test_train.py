@@ -36,7 +36,8 @@ def test_every_recipe_loads(recipe):
     overrides, _ = train.parse_args([str(recipe)])
     assert overrides
     assert all(type(value) is TYPES[key] for key, value in overrides.items()), overrides
-    train.check(TrainConfig(**overrides), 1)
+    for world_size in (1, 8, 16) if "torchrun" in recipe.read_text() else (1,):
+        train.check(TrainConfig(**overrides), world_size)
 
 
 def test_the_recipe_is_the_published_setting():
