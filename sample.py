@@ -149,13 +149,15 @@ def main(argv=None):
     import torch
 
     from model import generate
-    from train import compiler_problem
+    from train import compiler_problem, keep_memory
     device, dtype = pick_device(args.device, args.dtype)
     try:
         model, tokenizer, _ = load(args.checkpoint, say)
     except ValueError as e:
         fail(f"--checkpoint: {e}")
     model = model.to(device, dtype).eval()
+    if device.type == "cpu":
+        keep_memory()
     eos = tokenizer.eos_token_id
     ids = tokenizer.encode(prompt, add_special_tokens=False) or [eos]
     generator = torch.Generator(device).manual_seed(args.seed)

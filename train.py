@@ -119,10 +119,12 @@ def typed(key, value):
             result = kind(value)
         else:
             raise ValueError
-        if kind is float and not math.isfinite(result) or kind is str and "\0" in result:
+        if kind is float and not math.isfinite(result):
+            raise ValueError
+        if kind is str and ("\0" in result or result.splitlines() not in ([], [result])):  # errors name it in one line
             raise ValueError
     except (ValueError, KeyError, OverflowError):
-        raise ValueError(f"{key} = {value!r}: expected {kind.__name__}") from None
+        raise ValueError(f"{key} = {value!r}: expected {kind.__name__}{' in one line' * (kind is str)}") from None
     return result
 
 

@@ -1,4 +1,5 @@
 """SmolLM2-135M on Tiny Shakespeare with longer sequences: the other published setting, 41 million tokens."""
+out_dir = "out-1k"
 max_steps = 5000
 batch_size = 8
 block_size = 1024

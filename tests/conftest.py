@@ -33,6 +33,10 @@ TINY = ["--hidden_size=32", "--intermediate_size=64", "--num_hidden_layers=2", "
 Result = namedtuple("Result", "code out err")
 
 
+def pytest_configure():
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it, and its children do
+
+
 def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: item.get_closest_marker("slow") is not None)  # fast ones first
 

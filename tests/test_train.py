@@ -99,6 +99,7 @@ def test_what_one_types_wrong_is_one_line_and_exit_2(argv, fragments, run_train)
     ("batch_size = True", ["expected int"]),
     ("batch_size = '4x'", ["expected int"]),
     ("out_dir = 5", ["expected str"]),
+    ("out_dir = 'a\\nb'", ["out_dir = 'a\\nb'", "in one line"]),
     ("learning_rate = None", ["expected float"]),
     ("import os\nos.mkdir('ran')", ["line 1", "plain assignments only"]),
     ("batch_size = __import__('os').mkdir('ran')", ["line 1", "plain assignments only"]),

@@ -1223,6 +1223,7 @@ def main():
     parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS), metavar="PART", help=" ".join(PARTS))
     parser.add_argument("--seed", type=int, default=0, help="of all that is random [0]")
     args = parser.parse_args()
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it, and its children do
     rows, failed, began = [], [], time.monotonic()
     for name in args.only:
         print(f"{name}:", flush=True)
