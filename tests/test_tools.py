@@ -220,8 +220,10 @@ def test_tensorboard_shows_each_point_once_after_kill_and_resume(start_train, re
     events = EventAccumulator("out/tensorboard", size_guidance={"scalars": 0, "tensors": 0})
     events.Reload()
     rows = metrics("out")
-    assert set(events.Tags()["scalars"]) == rows[-1].keys() - {"step"}
-    for key in events.Tags()["scalars"]:
+    assert set(events.Tags()["scalars"]) == rows[-1].keys() - {"step"} | {"memory_gb"}
+    memory = events.Scalars("memory_gb")  # of the process, not of the run: it is not in metrics.jsonl
+    assert [e.step for e in memory] == [row["step"] for row in rows] and all(0.05 < e.value < 50 for e in memory)
+    for key in rows[-1].keys() - {"step"}:
         points = {row["step"]: row[key] for row in rows if row.get(key) is not None}
         shown = [(e.step, e.value) for e in events.Scalars(key)]
         assert [step for step, _ in shown] == list(points), key
