@@ -8,6 +8,7 @@ Sizes: Allal et al. 2025, "SmolLM2" (arXiv:2502.02737), and the published config
 import json
 import math
 import os
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, fields
 
 import torch
@@ -61,17 +62,15 @@ class RMSNorm(nn.Module):
 def rotary_table(positions, config):
     """cos and sin (T, head_dim), fp32, of positions (T,): the angles of the first half repeated for the second.
 
-    Su et al. 2021 (arXiv:2104.09864)."""
+    sin is negated in its first half, so that apply_rotary needs no other sign. Su et al. 2021 (arXiv:2104.09864)."""
     exponent = torch.arange(0, config.head_dim, 2, device=positions.device).float() / config.head_dim
     angles = positions.float()[:, None] * (1.0 / config.rope_theta**exponent)
-    angles = torch.cat((angles, angles), dim=-1)
-    return angles.cos(), angles.sin()
+    return torch.cat((angles, angles), dim=-1).cos(), torch.cat((-angles, angles), dim=-1).sin()
 
 
 def apply_rotary(x, cos, sin):
-    """Rotates x (B, H, T, head_dim) by its positions; the two halves form the pairs, as in Hugging Face."""
-    x1, x2 = x.chunk(2, dim=-1)
-    return (x * cos + torch.cat((-x2, x1), dim=-1) * sin).to(x.dtype)
+    """Rotates x (..., head_dim) by its positions; its two halves form the pairs, as in Hugging Face."""
+    return (x * cos + x.roll(x.size(-1) // 2, -1) * sin).to(x.dtype)
 
 
 def attention(q, k, v):
@@ -295,44 +294,51 @@ class KVCache:
         return keep
 
 
-def product(x, layer):
-    """layer(x) in fp32 for few rows x (B, in_features). Compiled for one row on a CPU, it runs at the memory's speed."""
+def product(x, weight):
+    """x @ weight.T in fp32 for few rows x (B, in_features). Compiled for one row on a CPU, it runs at the memory's speed."""
     if len(x) == 1 and x.device.type == "cpu" and torch.compiler.is_compiling():
-        return (x * layer.weight.float()).sum(-1)[None]  # F.linear reaches a third of that
-    return F.linear(x.to(layer.weight.dtype), layer.weight).float()
+        return (x * weight.float()).sum(-1)[None]  # F.linear reaches a third of that
+    return F.linear(x.to(weight.dtype), weight).float()
 
 
 def decode_attention(q, k, v, position):
-    """Of one query, q (H, G, D): a softmax over each block of keys k (blocks, H, D, BLOCK), then one over the blocks.
+    """Of one query, q (H, G, D), over the keys k (blocks, H, D, BLOCK) and values v (blocks, H, BLOCK, D) up to `position`.
 
-    So all cores work and no key is read twice. v: (blocks, H, BLOCK, D). Positions after `position` do not count."""
+    All cores work, a block each, and no key is read twice."""
     k, v = k.float(), v.float()
     scores = torch.stack([(q[:, g, :, None] * k).sum(2) for g in range(q.size(1))], dim=2)  # (blocks, H, G, BLOCK)
     places = torch.arange(k.size(0) * BLOCK, device=q.device).view(-1, 1, 1, BLOCK)
     scores = torch.where(places <= position, scores * q.size(2)**-0.5, -1e30)
-    largest = scores.amax(-1, keepdim=True)
-    p = torch.exp(scores - largest)
+    p = torch.exp(scores - scores.amax((0, 3), keepdim=True))
     y = torch.stack([(p[:, :, g, :, None] * v).sum(2) for g in range(q.size(1))], dim=2)  # (blocks, H, G, D)
-    weight = torch.exp(largest - largest.amax(0))
-    return (y * (weight / (p.sum(-1, keepdim=True) * weight).sum(0))).sum(0)
+    return (y * (1.0 / p.sum((0, 3)))[..., None]).sum(0)
 
 
-def decode_layer(layer, x, cos, sin, position, keys, values):
+def decode_weights(layer):
+    """What decode_layer reads, as plain tensors: to look them up in modules takes 5 % of a token. q, k and v become one."""
+    attn, mlp = layer.self_attn, layer.mlp
+    modules = attn.o_proj, mlp.gate_proj, mlp.up_proj, mlp.down_proj, layer.input_layernorm, layer.post_attention_layernorm
+    return torch.cat([m.weight for m in (attn.q_proj, attn.k_proj, attn.v_proj)]), *(m.weight for m in modules)
+
+
+def decode_layer(weights, eps, x, cos, sin, position, keys, values):
     """DecoderLayer for one new token a row, x (B, hidden_size) fp32, at `position`, a tensor; writes its key and value."""
-    attn, mlp, (_, H, D, _) = layer.self_attn, layer.mlp, keys.shape
-    h = layer.input_layernorm(x)
-    q, k, v = (product(h, proj).view(-1, D) for proj in (attn.q_proj, attn.k_proj, attn.v_proj))
+    qkv_proj, o_proj, gate_proj, up_proj, down_proj, input_norm, post_attention_norm = weights
+    B, (_, H, D, _) = len(x), keys.shape
+    qkv = product(F.rms_norm(x, x.shape[1:], input_norm.float(), eps), qkv_proj).view(B, -1, D)
+    qk, v = qkv.tensor_split([-(H // B)], dim=1)
+    q, k = apply_rotary(qk, cos, sin).tensor_split([-(H // B)], dim=1)
     block, i = position // BLOCK, position % BLOCK
-    keys[block, :, :, i] = apply_rotary(k, cos, sin).to(keys.dtype)[None]
-    values[block, :, i] = v.to(values.dtype)[None]
-    y = decode_attention(apply_rotary(q, cos, sin).view(H, -1, D), keys, values, position)
-    x = x + product(y.view(len(x), -1), attn.o_proj)
-    h = layer.post_attention_layernorm(x)
-    return x + product(F.silu(product(h, mlp.gate_proj)) * product(h, mlp.up_proj), mlp.down_proj)
+    keys[block, :, :, i] = k.reshape(1, H, D).to(keys.dtype)
+    values[block, :, i] = v.reshape(1, H, D).to(values.dtype)
+    y = decode_attention(q.reshape(H, -1, D), keys, values, position)
+    x = x + product(y.view(B, -1), o_proj)
+    h = F.rms_norm(x, x.shape[1:], post_attention_norm.float(), eps)
+    return x + product(F.silu(product(h, gate_proj)) * product(h, up_proj), down_proj)
 
 
 def decode_head(model, x):
-    return product(model.model.norm(x), model.lm_head)
+    return product(model.model.norm(x), model.lm_head.weight)
 
 
 def sample_token(logits, seen, temperature=1.0, top_k=0, top_p=1.0, repetition_penalty=1.0, generator=None):
@@ -355,6 +361,10 @@ def sample_token(logits, seen, temperature=1.0, top_k=0, top_p=1.0, repetition_p
     return (choice if ids is None else ids.gather(1, choice)).squeeze(1)
 
 
+# A token takes 8 ms on a CPU, so small things count: no checks of sizes that cannot change, and x * y + z rounded once.
+DECODE_OPTIONS = {"size_asserts": False, "cpp.enable_floating_point_contract_flag": "fast"}
+
+
 @torch.inference_mode()
 def generate(model, idx, max_new_tokens, compile=False, **sampling):
     """Yields the next ids (B,), max_new_tokens times, after the prompt idx (B, T). sampling: see sample_token.
@@ -366,21 +376,27 @@ def generate(model, idx, max_new_tokens, compile=False, **sampling):
     if T + max_new_tokens > limit:
         raise ValueError(f"a prompt of {T} tokens and {max_new_tokens} new ones do not fit into the model's {limit} "
                          "positions: ask for fewer, or shorten the prompt")
-    weight = model.lm_head.weight
-    cache = KVCache(model.config, B, T + max_new_tokens, idx.device, weight.dtype)
-    step, head = (torch.compile(f) if compile else f for f in (decode_layer, decode_head))
-    logits, seen = model(idx, logits_to_keep=1, cache=cache)[0][:, -1], idx
+    weights, eps = [decode_weights(layer) for layer in model.model.layers], model.config.rms_norm_eps
+    cache = KVCache(model.config, B, T + max_new_tokens, idx.device, model.lm_head.weight.dtype)
+    step, head = (torch.compile(f, options=DECODE_OPTIONS) if compile else f for f in (decode_layer, decode_head))
+    logits, seen, layers = model(idx, logits_to_keep=1, cache=cache)[0][:, -1], idx, []
     for n in range(T, T + max_new_tokens):
         new = sample_token(logits, seen, **sampling)
         yield new
-        if n + 1 < T + max_new_tokens:
-            seen = torch.cat((seen, new[:, None]), dim=1)
-            x, blocks = F.embedding(new, weight).float(), max(2, n // BLOCK + 1)
-            for layer, k, v in zip(model.model.layers, cache.keys[:, :blocks], cache.values[:, :blocks]):
-                if compile:  # for any number of blocks
-                    torch._dynamo.mark_dynamic(k, 0)
-                    torch._dynamo.mark_dynamic(v, 0)
-                x = step(layer, x, cache.cos[n], cache.sin[n], torch.tensor([n], device=x.device), k, v)
+        if n + 1 == T + max_new_tokens:
+            return
+        seen = torch.cat((seen, new[:, None]), dim=1)
+        if not layers or n % BLOCK == 0:
+            blocks = max(2, n // BLOCK + 1)
+            layers = list(zip(weights, cache.keys[:, :blocks], cache.values[:, :blocks]))
+            for _, *kv in layers if compile else ():  # one compiled layer serves any number of blocks
+                for t in kv:
+                    torch._dynamo.mark_dynamic(t, 0)
+        x, cos, sin, position = model.model.embed_tokens(new).float(), cache.cos[n], cache.sin[n], idx.new_tensor([n])
+        # The first step has shown that the compiled layer fits: it need not check that thirty times a token.
+        with torch.compiler.set_stance(skip_guard_eval_unsafe=True) if compile and n > T else nullcontext():
+            for tensors, k, v in layers:
+                x = step(tensors, eps, x, cos, sin, position, k, v)
             logits = head(model, x)
 
 
