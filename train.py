@@ -930,8 +930,8 @@ def set_up_run(config, overrides, state, changes, say):
 
 
 def main(argv=None):
-    if hasattr(sys.stdout, "reconfigure"):  # what the terminal cannot show, of a sample or a name, ends no run
-        sys.stdout.reconfigure(errors="backslashreplace")
+    if hasattr(sys.stdout, "reconfigure"):  # a log file shows each line at once; what a terminal cannot show ends no run
+        sys.stdout.reconfigure(errors="backslashreplace", line_buffering=True)
     overrides, args = parse_args(argv)
     rank, world_size, held = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)), None
     stop = Stop(alone=world_size == 1)

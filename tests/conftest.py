@@ -35,6 +35,7 @@ Result = namedtuple("Result", "code out err")
 
 def pytest_configure():
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it, and its children do
+    os.environ.pop("PYTHONUNBUFFERED", None)  # few users set it, so what they see in time must not rest on it
 
 
 def pytest_collection_modifyitems(items):

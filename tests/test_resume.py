@@ -121,6 +121,10 @@ def slow_steps(start_train):
     return process
 
 
+def test_a_log_file_shows_each_line_when_it_is_written(slow_steps):
+    wait_until(lambda: "step 1/1000 | loss" in slow_steps.log.read_text(), slow_steps, timeout=60)
+
+
 def test_a_second_ctrl_c_leaves_at_once(slow_steps):
     slow_steps.send_signal(signal.SIGINT)
     wait_until(lambda: "Ctrl-C again leaves at once" in slow_steps.log.read_text(), slow_steps)
