@@ -776,7 +776,8 @@ def train(config, machine, model, data, state, stop, say):
         step, seconds, best, saved = state["step"], state["seconds"], state["best"], state["step"]
         state.clear()  # frees its memory
     if machine.compile:
-        model.compile_for_training()
+        is_one_pass = machine.world_size == 1 and config.micro_batch_size in (0, config.batch_size)
+        model.compile_for_training(graphs=is_one_pass and config.batch_size * config.block_size <= 8192)
     net = DistributedDataParallel(model) if machine.world_size > 1 else model
 
     out = Path(config.out_dir)

@@ -43,7 +43,7 @@ def train_ours(args):
     model = SmolLM2(SmolLM2Config()).to(machine.device)
     optimizers = train.make_optimizers(model, config)
     scaler = torch.amp.GradScaler(machine.device.type, enabled=False)
-    model.compile_for_training()
+    model.compile_for_training(graphs=B * T <= 8192)
 
     def step():
         batch = torch.randint(0, 49152, (2, B, T), device=machine.device)
@@ -118,7 +118,7 @@ def decode_ours(args):
 
     def step():
         ids = torch.randint(0, 49152, (rows, prompt), device=device)
-        return stream(generate(model, ids, new, compile=device == "cpu", temperature=0), rows)
+        return stream(generate(model, ids, new, compile=True, temperature=0), rows)
     return step
 
 
