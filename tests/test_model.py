@@ -220,20 +220,29 @@ def test_the_attention_of_the_compiled_cpu_path_is_attention(T):
     assert all(torch.allclose(f, w, atol=1e-4) for f, w in zip(found, wanted))
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("T", [256, 300, 1100])
-def test_compiled_equals_eager(T):
-    if problem := train.compiler_problem(torch.device("cpu")):
+def need_compiler(device):
+    if device == "cuda" and not torch.cuda.is_available():
+        pytest.skip("no GPU here")
+    if problem := train.compiler_problem(torch.device(device)):
         pytest.skip(f"no compiler here: {problem}")
-    eager = small()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("device, T", [("cpu", 256), ("cpu", 300), ("cpu", 1100), ("cuda", 256)])
+def test_compiled_equals_eager(device, T):
+    need_compiler(device)
+    eager = small().to(device)
     compiled = copy.deepcopy(eager)
-    compiled.compile_for_training()
+    compiled.compile_for_training(graphs=True)
     assert list(compiled.state_dict()) == list(eager.state_dict())  # no _orig_mod.
-    ids = torch.randint(211, (2, T + 1))
     losses = []
     for m in (eager, compiled):
-        losses.append(m(ids[:, :-1], ids[:, 1:], logits_to_keep=None)[1])
-        losses[-1].backward()
+        for seed in range(3):  # CUDA graphs are recorded in the second pass, and used from the third on
+            ids = torch.randint(211, (2, T + 1), generator=torch.Generator().manual_seed(seed)).to(device)
+            m.zero_grad(set_to_none=True)
+            loss = m(ids[:, :-1], ids[:, 1:], logits_to_keep=None)[1]
+            loss.backward()
+        losses.append(loss)
     torch._dynamo.reset()
     assert losses[0].item() == pytest.approx(losses[1].item(), abs=1e-5)
     expected = dict(eager.named_parameters())
@@ -303,12 +312,13 @@ def test_the_logits_with_a_cache_are_those_without(B, T, dtype, tolerance, monke
 
 
 @pytest.mark.slow
-def test_compiled_generation_changes_no_token():
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_compiled_generation_changes_no_token(device):
     """Of one row, of two, of another model: in turns, since after its first step each trusts what was compiled for it."""
-    if problem := train.compiler_problem(torch.device("cpu")):
-        pytest.skip(f"no compiler here: {problem}")
-    models = lively(small()), lively(small()), lively(small(hidden_size=32, num_attention_heads=2, num_key_value_heads=1))
-    prompts = [torch.randint(211, (B, 50)) for B in (1, 2, 1)]
+    need_compiler(device)
+    sizes = {}, {}, {"hidden_size": 32, "num_attention_heads": 2, "num_key_value_heads": 1}
+    models = [lively(small(**changes)).to(device) for changes in sizes]
+    prompts = [torch.randint(211, (B, 50), device=device) for B in (1, 2, 1)]
     streams = [generate(m, prompt, 250, compile=True, temperature=0) for m, prompt in zip(models, prompts)]
     found = list(zip(*streams, strict=True))
     torch._dynamo.reset()
