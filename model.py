@@ -10,7 +10,6 @@ import math
 import os
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, fields
-from functools import partial
 
 import torch
 import torch.nn as nn
@@ -257,11 +256,12 @@ class SmolLM2(nn.Module):
         graphs: on a GPU, as CUDA graphs: with few tokens it waits for the launches of its kernels. A step must then be one
         forward and one backward pass, since the gradients lie in memory that the next pass writes.
         The embedding and the head stay outside: a compiled embedding adds its gradients in no fixed order."""
-        if next(self.parameters()).device.type == "cpu":
+        device = next(self.parameters()).device.type
+        if device == "cpu":
             for layer in self.model.layers:  # one layer is compiled and serves all: seconds instead of minutes
                 layer.compile()
         else:
-            self.run_layers = torch.compile(self.run_layers, mode="reduce-overhead" if graphs else None)
+            self.run_layers = torch.compile(self.run_layers, mode="reduce-overhead" if graphs and device == "cuda" else None)
         self.loss_kernel = torch.compile(softmax_minus_onehot)
 
     def flops_per_token(self, T, causal=False):
@@ -282,21 +282,21 @@ BLOCK = 64  # positions in a block of the cache
 class KVCache:
     """Keys and values of all layers, in blocks of positions, so that many can be read at once and none in vain.
 
-    keys: for each layer (blocks, B * H_kv, head_dim, BLOCK); values: for each layer (blocks, B * H_kv, BLOCK, head_dim).
-    Tensors of their own: of views of one, a compiled step would write into copies."""
+    keys: (layers, blocks, B * H_kv, head_dim, BLOCK); values: (layers, blocks, B * H_kv, BLOCK, head_dim)."""
 
     def __init__(self, config, B, size, device, dtype):
-        H, D, self.blocks = B * config.num_key_value_heads, config.head_dim, max(2, -(-size // BLOCK))
-        self.keys, self.values = ([torch.zeros(self.blocks, H, *shape, device=device, dtype=dtype)
-                                   for _ in range(config.num_hidden_layers)] for shape in [(D, BLOCK), (BLOCK, D)])
+        L, H, D = config.num_hidden_layers, B * config.num_key_value_heads, config.head_dim
+        blocks = max(2, -(-size // BLOCK))  # a compiled layer would take a size of 1 for a constant
+        self.keys = torch.zeros(L, blocks, H, D, BLOCK, device=device, dtype=dtype)
+        self.values = torch.zeros(L, blocks, H, BLOCK, D, device=device, dtype=dtype)
+        self.rotary = torch.stack(rotary_table(torch.arange(size, device=device), config))  # (2, size, head_dim)
 
     def keeper(self, i):
         """The function that puts a prompt's keys and values (B, H_kv, T, head_dim) of layer i into the cache."""
         def keep(k, v):
-            rest = self.blocks * BLOCK - k.size(2)
+            rest = self.keys.size(1) * BLOCK - k.size(2)
             k, v = (F.pad(t, (0, 0, 0, rest)).flatten(0, 1).unflatten(1, (-1, BLOCK)).transpose(0, 1) for t in (k, v))
-            self.keys[i].copy_(k.transpose(2, 3))
-            self.values[i].copy_(v)
+            self.keys[i], self.values[i] = k.transpose(2, 3), v
         return keep
 
 
@@ -327,7 +327,6 @@ def decode_weights(layer):
     return torch.cat([m.weight for m in (attn.q_proj, attn.k_proj, attn.v_proj)]), *(m.weight for m in modules)
 
 
-@torch.compiler.nested_compile_region  # compiled once, for all layers
 def decode_layer(weights, eps, x, cos, sin, position, keys, values):
     """DecoderLayer for one new token a row, x (B, hidden_size) fp32, at `position`, a tensor; writes its key and value."""
     qkv_proj, o_proj, gate_proj, up_proj, down_proj, input_norm, post_attention_norm = weights
@@ -344,14 +343,8 @@ def decode_layer(weights, eps, x, cos, sin, position, keys, values):
     return x + product(F.silu(product(h, gate_proj)) * product(h, up_proj), down_proj)
 
 
-def decode_step(layers, norm, embed_tokens, config, idx, position):
-    """Logits (B, vocab_size), fp32, after the tokens idx (B,) at `position`, a tensor (1,).
-
-    layers: of each its weights, and its keys and values so far, which get those of idx."""
-    x, (cos, sin) = F.embedding(idx, embed_tokens).float(), rotary_table(position, config)
-    for weights, keys, values in layers:
-        x = decode_layer(weights, config.rms_norm_eps, x, cos, sin, position, keys, values)
-    return product(F.rms_norm(x, x.shape[1:], norm.float(), config.rms_norm_eps), embed_tokens)
+def decode_head(model, x):
+    return product(model.model.norm(x), model.lm_head.weight)
 
 
 def sample_token(logits, seen, temperature=1.0, top_k=0, top_p=1.0, repetition_penalty=1.0, generator=None):
@@ -389,10 +382,17 @@ def generate(model, idx, max_new_tokens, compile=False, **sampling):
     if T + max_new_tokens > limit:
         raise ValueError(f"a prompt of {T} tokens and {max_new_tokens} new ones do not fit into the model's {limit} "
                          "positions: ask for fewer, or shorten the prompt")
+    weights, eps = [decode_weights(layer) for layer in model.model.layers], model.config.rms_norm_eps
     cache = KVCache(model.config, B, T + max_new_tokens, idx.device, model.lm_head.weight.dtype)
-    layers, others = map(decode_weights, model.model.layers), (model.model.norm.weight, model.lm_head.weight, model.config)
-    layers = list(zip(layers, cache.keys, cache.values))
-    step = torch.compile(decode_step, dynamic=False, options=DECODE_OPTIONS) if compile else decode_step
+    layer, head = (torch.compile(f, options=DECODE_OPTIONS) if compile else f for f in (decode_layer, decode_head))
+
+    def step(new, position):
+        """Logits after the tokens new (B,) at position (1,). Reads `layers`, whose cache reaches that far."""
+        x, (cos, sin) = model.model.embed_tokens(new).float(), cache.rotary.index_select(1, position)
+        for tensors, k, v in layers:
+            x = layer(tensors, eps, x, cos, sin, position, k, v)
+        return head(model, x)
+
     logits, seen = model(idx, logits_to_keep=1, cache=cache)[0][:, -1], idx
     for n in range(T, T + max_new_tokens):
         new = sample_token(logits, seen, **sampling)
@@ -400,18 +400,17 @@ def generate(model, idx, max_new_tokens, compile=False, **sampling):
         if n + 1 == T + max_new_tokens:
             return
         seen, position = torch.cat((seen, new[:, None]), dim=1), idx.new_tensor([n])
-        if n == T or n % BLOCK == 0 and not on_cuda:  # with CUDA all blocks are read: the step is captured once, as it is
-            blocks = cache.blocks if on_cuda else max(2, n // BLOCK + 1)
-            read = [(weights, keys[:blocks], values[:blocks]) for weights, keys, values in layers]
-            for _, *kv in read if compile else ():  # compiled once for any number of blocks
+        if n == T or n % BLOCK == 0 and not on_cuda:  # with CUDA all blocks are read: a graph is captured once, as it is
+            blocks = cache.keys.size(1) if on_cuda else max(2, n // BLOCK + 1)
+            layers = list(zip(weights, cache.keys[:, :blocks], cache.values[:, :blocks]))
+            for _, *kv in layers if compile else ():  # one compiled layer serves any number of blocks
                 for t in kv:
                     torch._dynamo.mark_dynamic(t, 0)
-            run = partial(step, read, *others)
-            if compile and on_cuda:  # one CUDA graph: to launch its kernels one by one takes longer than they do
-                run = torch.cuda.make_graphed_callables(run, (new.clone(), position.clone()))
-        # The first step has shown that the compiled one fits: it need not check hundreds of tensors at every token.
+            if compile and on_cuda:  # one CUDA graph: to launch a token's kernels one by one takes longer than they do
+                step = torch.cuda.make_graphed_callables(step, (new.clone(), position.clone()))
+        # The first step has shown that the compiled layer fits: it need not check that thirty times a token.
         with torch.compiler.set_stance(skip_guard_eval_unsafe=True) if compile and n > T else nullcontext():
-            logits = run(new, position)
+            logits = step(new, position)
 
 
 # ------------------------------------------------------------------------------- weights in Hugging Face's format
