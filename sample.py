@@ -8,7 +8,6 @@
 The text goes to standard output, all else to standard error. The same seed gives the same text again.
 """
 import argparse
-import math
 import os
 import signal
 import sys
@@ -163,8 +162,10 @@ def main(argv=None):
     ids = tokenizer.encode(prompt, add_special_tokens=False) or [eos]
     generator = torch.Generator(device).manual_seed(args.seed)
     # Compiling takes seconds (the first time ten): it pays for a long text, not for a short answer.
-    pays = args.max_new_tokens >= {"cpu": 100, "cuda": 1000}.get(device.type, math.inf)
-    compile = pays and compiler_problem(device) is None
+    pays = {"cpu": {2000: "step", 100: "layer"}, "cuda": {1000: "layer"}}.get(device.type, {})
+    compile = next((what for tokens, what in pays.items() if args.max_new_tokens >= tokens), None)
+    if compile and compiler_problem(device):
+        compile = None
     tokens = generate(model, torch.tensor([ids] * args.num_samples, device=device), args.max_new_tokens, compile,
                       temperature=args.temperature, top_k=min(args.top_k, model.config.vocab_size), top_p=args.top_p,
                       repetition_penalty=args.repetition_penalty, generator=generator)

@@ -118,7 +118,7 @@ def decode_ours(args):
 
     def step():
         ids = torch.randint(0, 49152, (rows, prompt), device=device)
-        return stream(generate(model, ids, new, compile=True, temperature=0), rows)
+        return stream(generate(model, ids, new, compile="step" if device == "cpu" else "layer", temperature=0), rows)
     return step
 
 
