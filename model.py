@@ -10,6 +10,7 @@ import math
 import os
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, fields
+from functools import partial
 
 import torch
 import torch.nn as nn
@@ -351,11 +352,12 @@ def decode_head(norm, lm_head, eps, x):
 decode_region = torch.compiler.nested_compile_region(decode_layer)  # within a compiled step: compiled once, called for all
 
 
-def decode_step(layer, head, layers, others, eps, x, cos, sin, position):
-    """Logits (B, vocab_size), fp32, from the embedded tokens x at `position`. layers: weights, keys and values of each."""
+def decode_step(layer, head, layers, norm, embed_tokens, eps, rotary, idx, position):
+    """Logits (B, vocab_size), fp32, after the tokens idx (B,) at `position`. layers: weights, keys and values of each."""
+    x, (cos, sin) = F.embedding(idx, embed_tokens).float(), [t.index_select(0, position) for t in rotary]
     for weights, keys, values in layers:
         x = layer(weights, eps, x, cos, sin, position, keys, values)
-    return head(*others, eps, x)
+    return head(norm, embed_tokens, eps, x)
 
 
 def sample_token(logits, seen, temperature=1.0, top_k=0, top_p=1.0, repetition_penalty=1.0, generator=None):
@@ -395,16 +397,11 @@ def generate(model, idx, max_new_tokens, compile=None, **sampling):
                          "positions: ask for fewer, or shorten the prompt")
     weights, eps = [decode_weights(layer) for layer in model.model.layers], model.config.rms_norm_eps
     cache = KVCache(model.config, B, T + max_new_tokens, idx.device, model.lm_head.weight.dtype)
-    layer, head, step, others = decode_layer, decode_head, decode_step, (model.model.norm.weight, model.lm_head.weight)
+    layer, head, step = decode_layer, decode_head, decode_step
     if compile == "layer":
         layer, head = (torch.compile(f, options=DECODE_OPTIONS) for f in (layer, head))
     elif compile == "step":  # (sizes that torch makes dynamic by itself break its reuse of the region)
         layer, step = decode_region, torch.compile(step, dynamic=False, options=DECODE_OPTIONS)
-
-    def run(new, position):
-        x, (cos, sin) = model.model.embed_tokens(new).float(), (t.index_select(0, position) for t in cache.rotary)
-        return step(layer, head, layers, others, eps, x, cos, sin, position)
-
     logits, seen = model(idx, logits_to_keep=1, cache=cache)[0][:, -1], idx
     for n in range(T, T + max_new_tokens):
         new = sample_token(logits, seen, **sampling)
@@ -415,9 +412,9 @@ def generate(model, idx, max_new_tokens, compile=None, **sampling):
         if n == T or n % BLOCK == 0 and not on_cuda:  # with CUDA all blocks are read: a graph is captured once, as it is
             blocks = cache.blocks if on_cuda else max(2, n // BLOCK + 1)
             layers = [(w, k[:blocks], v[:blocks]) for w, k, v in zip(weights, cache.keys, cache.values)]
-            for _, *kv in layers if compile else ():  # what is compiled serves any number of blocks
-                for t in kv:
-                    torch._dynamo.mark_dynamic(t, 0)
+            for t in (*cache.rotary, *(t for _, *kv in layers for t in kv)) if compile else ():
+                torch._dynamo.mark_dynamic(t, 0)  # what is compiled serves any number of blocks
+            run = partial(step, layer, head, layers, model.model.norm.weight, model.lm_head.weight, eps, cache.rotary)
             if compile and on_cuda:  # one CUDA graph: to launch a token's kernels one by one takes longer than they do
                 run = torch.cuda.make_graphed_callables(run, (new.clone(), position.clone()))
         # The first step has shown that what was compiled fits: it need not check that at every token.
