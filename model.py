@@ -251,18 +251,19 @@ class SmolLM2(nn.Module):
             x = layer(x, cos, sin) if cache is None else layer.forward(x, cos, sin, cache.keeper(i))
         return self.model.norm(x)
 
-    def compile_for_training(self, graphs=False):
+    def compile_for_training(self, tokens=None):
         """Compiles in place what pays; the state dict stays as it is.
 
-        graphs: on a GPU, as CUDA graphs: with few tokens it waits for the launches of its kernels. A step must then be one
-        forward and one backward pass, since the gradients lie in memory that the next pass writes.
+        tokens: of a step that is one forward and one backward pass. With few, a GPU would wait for its kernels' launches
+        and gets CUDA graphs; they do not bear a second pass, since the gradients lie in memory that it would write.
         The embedding and the head stay outside: a compiled embedding adds its gradients in no fixed order."""
         device = next(self.parameters()).device.type
         if device == "cpu":
             for layer in self.model.layers:  # one layer is compiled and serves all: seconds instead of minutes
                 layer.compile()
         else:
-            self.run_layers = torch.compile(self.run_layers, mode="reduce-overhead" if graphs and device == "cuda" else None)
+            graphs = device == "cuda" and tokens is not None and tokens <= 8192
+            self.run_layers = torch.compile(self.run_layers, mode="reduce-overhead" if graphs else None)
         self.loss_kernel = torch.compile(softmax_minus_onehot)
 
     def flops_per_token(self, T, causal=False):

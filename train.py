@@ -777,7 +777,7 @@ def train(config, machine, model, data, state, stop, say):
         state.clear()  # frees its memory
     if machine.compile:
         is_one_pass = machine.world_size == 1 and config.micro_batch_size in (0, config.batch_size)
-        model.compile_for_training(graphs=is_one_pass and config.batch_size * config.block_size <= 8192)
+        model.compile_for_training(config.batch_size * config.block_size if is_one_pass else None)
     net = DistributedDataParallel(model) if machine.world_size > 1 else model
 
     out = Path(config.out_dir)

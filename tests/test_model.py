@@ -233,7 +233,7 @@ def test_compiled_equals_eager(device, T):
     need_compiler(device)
     eager = small().to(device)
     compiled = copy.deepcopy(eager)
-    compiled.compile_for_training(graphs=True)
+    compiled.compile_for_training(2 * T)
     assert list(compiled.state_dict()) == list(eager.state_dict())  # no _orig_mod.
     losses = []
     for m in (eager, compiled):
