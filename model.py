@@ -1,47 +1,65 @@
-"""SmolLM2-135M in one file: the Llama architecture, its loss, and generation with a key/value cache.
+"""SmolLM2-135M in one file: the Llama architecture, its loss, generation with a key/value cache.
 
     python model.py            # the module tree, the parameter table, FLOPs per token and per step
 
-Modules, parameters and config fields carry Hugging Face's names, so weights go in and out without a table.
-Sizes: Allal et al. 2025, "SmolLM2" (arXiv:2502.02737), and the published config.json of SmolLM2-135M.
+Modules, parameters and config fields carry Hugging Face's names: weights go in and out as they are.
+Sizes: Allal et al. 2025, "SmolLM2" (arXiv:2502.02737), and the published config.json.
+In shapes: B texts, T tokens, H query heads, H_kv key heads, D = head_dim, V = vocab_size.
 """
+import ctypes
 import json
 import math
 import os
-from contextlib import nullcontext
-from dataclasses import asdict, dataclass, fields
-from functools import partial
+from dataclasses import dataclass, field, fields
+from pathlib import Path
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
+
+
+def key(default, help, **facts):
+    """A field of a config; its line of help, and what else is true of it, stand with it."""
+    return field(default=default, metadata={"help": help, **facts})
 
 
 @dataclass
 class SmolLM2Config:
-    vocab_size: int = 49152
-    hidden_size: int = 576
-    intermediate_size: int = 1536
-    num_hidden_layers: int = 30
-    num_attention_heads: int = 9
-    num_key_value_heads: int = 3
-    max_position_embeddings: int = 8192
-    rope_theta: float = 100_000.0
-    rms_norm_eps: float = 1e-5
-    initializer_range: float = 576**-0.5  # 1/24, as published: the first loss is about 11.3 (with 0.02: 10.95)
+    vocab_size: int = key(49152, "rows of the embedding, which is the head, too")
+    hidden_size: int = key(576, "width of the residual stream")
+    intermediate_size: int = key(1536, "width inside the MLP")
+    num_hidden_layers: int = key(30, "decoder layers")
+    num_attention_heads: int = key(9, "query heads")
+    num_key_value_heads: int = key(3, "key and value heads, each shared by several query heads")
+    max_position_embeddings: int = key(8192, "longest text, in tokens")
+    rope_theta: float = key(100_000.0, "base of the rotary wavelengths")
+    rms_norm_eps: float = key(1e-5, "added to the mean square")
+    initializer_range: float = key(576**-0.5, "std of the first weights; 1/24: first loss 11.3")
 
     @property
     def head_dim(self):
         return self.hidden_size // self.num_attention_heads
 
 
-# ------------------------------------------------------------------------------------------------- the small parts
+def is_single_row(x):
+    """True in a compiled step of decoding one text, where F.linear is slow on a CPU."""
+    return torch.compiler.is_compiling() and x.numel() == x.size(-1)
 
 
-def linear(x, *layers):
-    """The outputs of several bias-free layers on one input x (..., in_features), as one matrix product."""
-    # Under torch.compile the concatenation is fused with autocast's cast of the weights, and so costs nothing.
+def linear(x, weight):
+    """x (..., in_features) @ weight.T."""
+    if is_single_row(x):  # three times as fast: it reads the weights at the memory's speed
+        return (x[..., None, :] * weight.float()).sum(-1).to(x.dtype)
+    return F.linear(x, weight)
+
+
+def linears(x, *layers):
+    """The outputs of several bias-free layers on one x (..., in_features)."""
+    if is_single_row(x):
+        return [linear(x, layer.weight) for layer in layers]
+    # One product. Compiled, torch.cat is fused with autocast's cast of the weights: it is free.
     weight = torch.cat([layer.weight for layer in layers])
     return F.linear(x, weight).split([layer.out_features for layer in layers], dim=-1)
 
@@ -60,68 +78,107 @@ class RMSNorm(nn.Module):
         return (self.weight * h).to(x.dtype)
 
 
-def rotary_table(positions, config):
-    """cos and sin (T, head_dim), fp32, of positions (T,): the angles of the first half repeated for the second.
+def rotary_table(T, config, device):
+    """cos and sin (T, D), fp32, of T positions. Su et al. 2021 (arXiv:2104.09864).
 
-    sin is negated in its first half, so that apply_rotary needs no other sign. Su et al. 2021 (arXiv:2104.09864)."""
-    exponent = torch.arange(0, config.head_dim, 2, device=positions.device).float() / config.head_dim
-    angles = positions.float()[:, None] * (1.0 / config.rope_theta**exponent)
+    The second half repeats the first; sin is negated in the first, as apply_rotary wants it."""
+    exponent = torch.arange(0, config.head_dim, 2, device=device).float() / config.head_dim
+    positions = torch.arange(T, device=device).float()
+    angles = positions[:, None] * (1.0 / config.rope_theta**exponent)  # (T, D / 2)
     return torch.cat((angles, angles), dim=-1).cos(), torch.cat((-angles, angles), dim=-1).sin()
 
 
 def apply_rotary(x, cos, sin):
-    """Rotates x (..., head_dim) by its positions; its two halves form the pairs, as in Hugging Face."""
+    """Rotates x (..., D) by its positions; its two halves form the pairs, as in Hugging Face."""
     return (x * cos + x.roll(x.size(-1) // 2, -1) * sin).to(x.dtype)
 
 
+def has_gqa_kernel(device_type, capability, dtype):
+    """True where fused attention reads a key head for several query heads without copies of it.
+
+    On CUDA only flash attention does, in half precision from compute capability 8.0 on: all else
+    would fall to a kernel that stores T x T scores. On MPS enable_gqa aborts the process."""
+    if device_type == "cuda":
+        return capability >= (8, 0) and dtype in (torch.float16, torch.bfloat16)
+    return device_type != "mps"
+
+
 def attention(q, k, v):
-    """Causal attention, q (B, H, T, head_dim), k and v (B, H_kv, T, head_dim): H / H_kv query heads share a key head."""
-    if q.device.type == "cpu" and torch.compiler.is_compiling():
+    """Causal attention (B, H, T, D) of q (B, H, T, D) over k and v (B, H_kv, T, D)."""
+    device = q.device
+    if device.type == "cpu" and torch.compiler.is_compiling():
         return cpu_attention(q, k, v)
-    if q.device.type == "mps":  # enable_gqa aborts the process there
-        k, v = (t.repeat_interleave(q.size(1) // t.size(1), dim=1) for t in (k, v))
-    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=k.size(1) != q.size(1))
+    capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
+    if not has_gqa_kernel(device.type, capability, q.dtype):
+        queries_per_key = q.size(1) // k.size(1)
+        k = k.repeat_interleave(queries_per_key, dim=1)
+        v = v.repeat_interleave(queries_per_key, dim=1)
+    shared = k.size(1) != q.size(1)
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=shared)
 
 
 def cpu_attention(q, k, v):
-    """Causal attention as two batched products around a fused softmax: half the time of the CPU's flash kernel.
+    """attention as two batched products around a fused softmax: half the time of the flash kernel.
 
-    Blocks of queries skip the keys after them, and the probabilities are made again in the backward pass, so that
-    memory does not grow with T * T. The query heads that share a key head form one matrix."""
+    Blocks of C queries skip the keys after them, and the probabilities are made again in the
+    backward pass, so that memory does not grow with T * T."""
     B, H, T, D = q.shape
     C = max(256, math.ceil(T / 4))
 
-    def block(q, k, v, i):
-        scores = (q.flatten(2, 3) @ k.transpose(-2, -1)).view(*q.shape[:4], -1)  # (B, H_kv, H / H_kv, C, keys)
-        future = torch.full(scores.shape[-2:], -math.inf).triu(i + 1)
-        att = (scores.float() * D**-0.5 + future).softmax(-1).to(v.dtype)
-        return (att.flatten(2, 3) @ v).view(q.shape)
+    def block(q, k, v, start):
+        scores = q.flatten(2, 3) @ k.transpose(-2, -1)
+        scores = scores.view(*q.shape[:4], -1)  # (B, H_kv, H / H_kv, C, keys)
+        future = torch.full(scores.shape[-2:], -math.inf).triu(start + 1)
+        probs = (scores.float() * D**-0.5 + future).softmax(-1).to(v.dtype)
+        return (probs.flatten(2, 3) @ v).view(q.shape)
 
-    q = q.reshape(B, k.size(1), -1, T, D)
-    y = [checkpoint(block, q[:, :, :, i:i + C], k[:, :, :i + C], v[:, :, :i + C], i, use_reentrant=False)
-         for i in range(0, T, C)]
-    return torch.cat(y, dim=3).view(B, H, T, D)
+    q = q.reshape(B, k.size(1), -1, T, D)  # the query heads that share a key head form one matrix
+    outputs = []
+    for i in range(0, T, C):
+        keys, values = k[:, :, :i + C], v[:, :, :i + C]
+        outputs.append(checkpoint(block, q[:, :, :, i:i + C], keys, values, i, use_reentrant=False))
+    return torch.cat(outputs, dim=3).view(B, H, T, D)
+
+
+def cached_attention(q, keys, values, position):
+    """Attention of one token, q (B, H, 1, D), over the cache up to `position`, a tensor (1,).
+
+    keys: (B, H_kv, D, positions), values: (B, H_kv, positions, D). Plain sums, which fuse."""
+    B, H, _, D = q.shape
+    q = q.view(B, keys.size(1), -1, D, 1).float()
+    scores = (q * keys[:, :, None].float()).sum(3) * D**-0.5  # (B, H_kv, H / H_kv, positions)
+    future = torch.arange(keys.size(3), device=q.device) > position
+    probs = scores.masked_fill(future, -math.inf).softmax(-1)
+    y = (probs[..., None] * values[:, :, None].float()).sum(3)  # (B, H_kv, H / H_kv, D)
+    return y.view(B, H, 1, D)
 
 
 class Attention(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.head_dim = config.head_dim
-        query_size, kv_size = (n * self.head_dim for n in (config.num_attention_heads, config.num_key_value_heads))
+        query_size = config.num_attention_heads * config.head_dim
+        kv_size = config.num_key_value_heads * config.head_dim
         self.q_proj = nn.Linear(config.hidden_size, query_size, bias=False)
         self.k_proj = nn.Linear(config.hidden_size, kv_size, bias=False)
         self.v_proj = nn.Linear(config.hidden_size, kv_size, bias=False)
         self.o_proj = nn.Linear(query_size, config.hidden_size, bias=False)
 
-    def forward(self, x, cos, sin, keep=None):
+    def forward(self, x, cos, sin, cache=None, positions=None):
+        """x: (B, T, hidden_size). cache: keys and values, which those at `positions` (T,) join."""
         B, T, _ = x.shape
-        q, k, v = (t.view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, H, T, head_dim)
-                   for t in linear(x, self.q_proj, self.k_proj, self.v_proj))
+        qkv = linears(x, self.q_proj, self.k_proj, self.v_proj)
+        q, k, v = [t.view(B, T, -1, self.head_dim).transpose(1, 2) for t in qkv]  # (B, H, T, D)
         q, k = apply_rotary(q, cos, sin), apply_rotary(k, cos, sin)
-        if keep is not None:
-            keep(k, v)
-        y = attention(q, k, v)
-        return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
+        if cache is not None:
+            keys, values = cache
+            keys[..., positions] = k.transpose(2, 3).to(keys.dtype)
+            values[:, :, positions] = v.to(values.dtype)
+        if cache is not None and T == 1:
+            y = cached_attention(q, keys, values, positions).to(x.dtype)
+        else:
+            y = attention(q, k, v)
+        return linear(y.transpose(1, 2).reshape(B, T, -1), self.o_proj.weight)
 
 
 class MLP(nn.Module):
@@ -134,8 +191,8 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, x):
-        gate, up = linear(x, self.gate_proj, self.up_proj)
-        return self.down_proj(F.silu(gate) * up)
+        gate, up = linears(x, self.gate_proj, self.up_proj)
+        return linear(F.silu(gate) * up, self.down_proj.weight)
 
 
 class DecoderLayer(nn.Module):
@@ -146,45 +203,43 @@ class DecoderLayer(nn.Module):
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, x, cos, sin, keep=None):
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin, keep)
+    def forward(self, x, cos, sin, cache=None, positions=None):
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, cache, positions)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
-# --------------------------------------------------------------------------------------------------------- the loss
-
-
 def softmax_minus_onehot(logits, targets):
-    """Returns the cross-entropies (N,), fp32, and overwrites logits (N, V) by their gradients; 0 where ignored."""
+    """The cross-entropies (N,), fp32; overwrites logits (N, V) by their gradients. 0 if ignored."""
     z = logits.float()
     logz = torch.logsumexp(z, dim=-1, keepdim=True)
     onehot = torch.arange(z.size(1), device=z.device) == targets[:, None]
-    keep = targets[:, None] >= 0
-    losses = torch.where(keep, logz - torch.where(onehot, z, 0.0).sum(-1, keepdim=True), 0.0)
-    logits.copy_(torch.where(keep, torch.exp(z - logz) - onehot.float(), 0.0))
+    counts = targets[:, None] >= 0
+    losses = torch.where(counts, logz - torch.where(onehot, z, 0.0).sum(-1, keepdim=True), 0.0)
+    logits.copy_(torch.where(counts, torch.exp(z - logz) - onehot.float(), 0.0))
     return losses.squeeze(1)
 
 
 class LinearCrossEntropy(torch.autograd.Function):
-    """Mean cross-entropy of x @ weight.T against targets, without ever holding fp32 logits for the whole batch.
+    """Mean cross-entropy of x @ weight.T against targets, never with all logits in fp32 at once.
 
-    The gradient of the logits is softmax - onehot, known as soon as they are: the forward pass makes it in their
-    place, and from it both gradients, by two matrix products. x: (N, C); weight: (V, C); targets: (N,), -100 ignored.
-    """
+    The gradient of the logits is softmax - onehot, known as soon as they are: the forward pass
+    writes it over them, and two matrix products make both gradients of it.
+    x: (N, C); weight: (V, C); targets: (N,), -100 where ignored."""
 
     @staticmethod
     def forward(ctx, x, weight, targets, kernel, needs_grad):
         rows = 512 if x.device.type == "cpu" else 8192  # tokens whose logits exist at a time
         w = weight.to(x.dtype)
         loss = torch.zeros((), device=x.device)
-        dx, dw = torch.empty_like(x), None
+        dx = torch.empty_like(x)
+        dw = torch.empty_like(weight, dtype=torch.float32) if needs_grad else None
         for i in range(0, len(x), rows):
             logits = x[i:i + rows] @ w.t()  # (rows, V)
             loss += kernel(logits, targets[i:i + rows]).sum()
             if needs_grad:
                 dx[i:i + rows] = logits @ w
-                part = logits.t() @ x[i:i + rows]
-                dw = part if dw is None else dw.float().add_(part)
+                dw_of_rows = logits.t() @ x[i:i + rows]  # (V, C)
+                dw = dw.copy_(dw_of_rows) if i == 0 else dw.add_(dw_of_rows)
         count = (targets >= 0).sum()
         ctx.save_for_backward(dx, dw, count)
         return loss / count
@@ -193,10 +248,7 @@ class LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx, grad):
         dx, dw, count = ctx.saved_tensors
         scale = grad / count
-        return dx * scale, dw.float().mul_(scale), None, None, None
-
-
-# -------------------------------------------------------------------------------------------------------- the model
+        return dx * scale, dw.mul_(scale), None, None, None
 
 
 class SmolLM2Model(nn.Module):
@@ -208,310 +260,336 @@ class SmolLM2Model(nn.Module):
 
 
 class SmolLM2(nn.Module):
-    """The language model. Every matrix starts normal with std initializer_range, every norm at one."""
+    """The language model. Matrices start normal with std initializer_range, norms at one."""
 
     def __init__(self, config):
         super().__init__()
         self.config = config
         self.model = SmolLM2Model(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        self.lm_head.weight = self.model.embed_tokens.weight  # tied: one matrix reads tokens and predicts them
+        self.lm_head.weight = self.model.embed_tokens.weight  # tied: one matrix reads and predicts
         self.loss_kernel = softmax_minus_onehot
         for p in self.parameters():
             if p.dim() == 2:
                 nn.init.normal_(p, std=config.initializer_range)
 
-    def forward(self, idx, targets=None, logits_to_keep=0, cache=None):
-        """Logits (B, T, vocab_size) and, with targets, their mean cross-entropy in nats a token (else None).
+    def forward(self, idx, targets=None):
+        """(logits (B, T, V), None); with targets (None, their mean cross-entropy in nats a token).
 
-        idx: (B, T) token ids; targets: (B, T) the ids that follow, -100 where none counts. logits_to_keep as in
-        Hugging Face: 0 keeps all positions, n the last n; None none at all, which makes the loss cheap.
+        idx: (B, T) token ids; targets: (B, T) the ids that follow, -100 where none counts.
         Raises ValueError for more positions than the model has."""
         T, limit = idx.size(1), self.config.max_position_embeddings
         if T > limit:
             raise ValueError(f"{T} positions, but the model has {limit} (max_position_embeddings)")
-        x = self.model.embed_tokens(idx)  # (B, T, hidden_size)
-        if torch.is_autocast_enabled(x.device.type):
-            x = x.to(torch.get_autocast_dtype(x.device.type))  # the residual stream, too, in half the bytes
-        cos, sin = rotary_table(torch.arange(T, device=x.device), self.config)
-        # A prompt goes by what may be compiled: its length is new each time.
-        x = self.run_layers(x, cos, sin) if cache is None else SmolLM2.run_layers(self, x, cos, sin, cache)
-        logits = loss = None
-        if logits_to_keep is not None:
-            logits = self.lm_head(x[:, -logits_to_keep:])
-        if targets is not None and logits is not None:
-            loss = F.cross_entropy(logits.float().flatten(0, 1), targets[:, -logits_to_keep:].flatten())
-        elif targets is not None:
-            loss = LinearCrossEntropy.apply(x.flatten(0, 1), self.lm_head.weight, targets.flatten(), self.loss_kernel,
-                                            torch.is_grad_enabled())
-        return logits, loss
+        cos, sin = rotary_table(T, self.config, idx.device)
+        x = self.run_layers(self.embed(idx), cos, sin)
+        if targets is None:
+            return self.lm_head(x), None
+        loss = LinearCrossEntropy.apply(x.flatten(0, 1), self.lm_head.weight, targets.flatten(),
+                                        self.loss_kernel, torch.is_grad_enabled())
+        return None, loss
 
-    def run_layers(self, x, cos, sin, cache=None):
-        for i, layer in enumerate(self.model.layers):
-            x = layer(x, cos, sin) if cache is None else layer.forward(x, cos, sin, cache.keeper(i))
+    def embed(self, idx):
+        """The residual stream's start, (B, T, hidden_size); under autocast in half the bytes."""
+        x = self.model.embed_tokens(idx)
+        if torch.is_autocast_enabled(x.device.type):
+            x = x.to(torch.get_autocast_dtype(x.device.type))
+        return x
+
+    def run_layers(self, x, cos, sin):
+        for layer in self.model.layers:
+            x = layer(x, cos, sin)
         return self.model.norm(x)
 
-    def compile_for_training(self, tokens=None):
-        """Compiles in place what pays; the state dict stays as it is.
+    def next_logits(self, x):
+        """The logits (B, V) of the token after x (B, T, hidden_size), the last layer's output."""
+        return linear(self.model.norm(x[:, -1]), self.lm_head.weight)
 
-        tokens: of a step that is one forward and one backward pass. With few, a GPU would wait for its kernels' launches
-        and gets CUDA graphs; they do not bear a second pass, since the gradients lie in memory that it would write.
-        The embedding and the head stay outside: a compiled embedding adds its gradients in no fixed order."""
-        device = next(self.parameters()).device.type
+    def compile_for_training(self, tokens=None):
+        """Compiles in place what gains by it; the state dict stays as it is.
+
+        tokens: of a step that is one forward and one backward pass. With few, a GPU would wait for
+        its kernels' launches and gets CUDA graphs; they do not bear a second pass, since the
+        gradients lie in memory that it would write. The embedding and the head stay outside: a
+        compiled embedding adds its gradients in no fixed order."""
+        device = self.lm_head.weight.device.type
         if device == "cpu":
-            for layer in self.model.layers:  # one layer is compiled and serves all: seconds instead of minutes
+            for layer in self.model.layers:  # one is compiled and serves all: seconds, not minutes
                 layer.compile()
         else:
             graphs = device == "cuda" and tokens is not None and tokens <= 8192
-            self.run_layers = torch.compile(self.run_layers, mode="reduce-overhead" if graphs else None)
+            mode = "reduce-overhead" if graphs else None
+            self.run_layers = torch.compile(self.run_layers, mode=mode)
         self.loss_kernel = torch.compile(softmax_minus_onehot)
 
     def flops_per_token(self, T, causal=False):
-        """Training FLOPs per token at sequence length T: 6 N + 12 L H Q T, after Chowdhery et al. 2022 (PaLM, app. B).
+        """Training FLOPs a token at length T: 6 N + 12 L H D T, as in PaLM (arXiv:2204.02311).
 
-        causal: count only the half of the attention that a causal mask leaves."""
-        c = self.config
-        attention = 12 * c.num_hidden_layers * c.num_attention_heads * c.head_dim * T
-        return 6 * sum(p.numel() for p in self.parameters()) + attention // (2 if causal else 1)
-
-
-# ------------------------------------------------------------------------------------------------------- generation
+        causal: 6 L H D T, since a causal mask leaves half of the attention."""
+        heads = self.config.num_hidden_layers * self.config.num_attention_heads
+        a_layer = 6 if causal else 12
+        N = sum(p.numel() for p in self.parameters())
+        return 6 * N + a_layer * heads * self.config.head_dim * T
 
 
-BLOCK = 64  # positions in a block of the cache
+BLOCK = 64  # positions: attention reads the cache up to the next multiple
+# A token takes 8 ms on a CPU, so small things count: sizes that cannot change are not checked, and
+# x * y + z is rounded once.
+DECODE_OPTIONS = {"size_asserts": False, "cpp.enable_floating_point_contract_flag": "fast"}
+PROMPT_KERNELS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
-class KVCache:
-    """Keys and values of all layers, in blocks of positions, so that many can be read at once and none in vain.
+class Decoder:
+    """The model with a key/value cache: reads a prompt, then one token of each text a step."""
 
-    keys: of each layer (blocks, B * H_kv, head_dim, BLOCK); values: of each layer (blocks, B * H_kv, BLOCK, head_dim).
-    Each a tensor of its own: thirty views of one that a compiled step writes to take torch seconds to tell apart."""
+    def __init__(self, model, B, size, compile, graph):
+        """size: prompt and text, in tokens. compile, graph: two ways to make the steps faster."""
+        self.model, self.compile, self.graph = model, compile, graph
+        self.size = math.ceil(size / BLOCK) * BLOCK
+        config, weight = model.config, model.lm_head.weight
+        self.cos, self.sin = rotary_table(self.size, config, weight.device)
+        # One block more than is read: what is compiled for a part would not fit the whole.
+        shape = (B, config.num_key_value_heads, self.size + BLOCK, config.head_dim)
+        values = [weight.new_zeros(shape) for _ in model.model.layers]
+        self.caches = [(v.transpose(2, 3).contiguous(), v) for v in values]
+        self.layer, self.next_logits = DecoderLayer.forward, SmolLM2.next_logits
+        self.started = False
 
-    def __init__(self, config, B, size, device, dtype):
-        self.blocks = max(2, -(-size // BLOCK))  # what is compiled would take a size of 1 for a constant
-        H, D, L = B * config.num_key_value_heads, config.head_dim, config.num_hidden_layers
-        self.keys, self.values = ([torch.zeros(self.blocks, H, *shape, device=device, dtype=dtype) for _ in range(L)]
-                                  for shape in [(D, BLOCK), (BLOCK, D)])
-        self.rotary = rotary_table(torch.arange(size, device=device), config)
+    def forward(self, idx, positions):
+        """Logits (B, V) after the tokens idx (B, T) at positions (T,), which join the cache."""
+        x = self.model.embed(idx)
+        if self.started and self.compile and idx.numel() == 1:
+            x = x.float()  # a single row costs nothing
+        cos, sin = self.cos[positions], self.sin[positions]  # (T, D)
+        for layer, cache in zip(self.model.model.layers, self.open_caches):
+            x = self.layer(layer, x, cos, sin, cache, positions)
+        return self.next_logits(self.model, x)
 
-    def keeper(self, i):
-        """The function that puts a prompt's keys and values (B, H_kv, T, head_dim) of layer i into the cache."""
-        def keep(k, v):
-            rest = self.blocks * BLOCK - k.size(2)
-            k, v = (F.pad(t, (0, 0, 0, rest)).flatten(0, 1).unflatten(1, (-1, BLOCK)).transpose(0, 1) for t in (k, v))
-            self.keys[i].copy_(k.transpose(2, 3))
-            self.values[i].copy_(v)
-        return keep
+    def open(self, size):
+        """Lets attention read the caches' first `size` positions, in whole blocks."""
+        # (A CUDA graph would go on reading as many as at its capture.)
+        size = self.size if self.graph else math.ceil(size / BLOCK) * BLOCK
+        self.open_caches = [(keys[..., :size], values[:, :, :size]) for keys, values in self.caches]
+        if self.compile:
+            for keys, values in self.open_caches:  # compiled once, for any number of blocks
+                torch._dynamo.mark_dynamic(keys, 3)
+                torch._dynamo.mark_dynamic(values, 2)
 
+    def read_prompt(self, idx):
+        """The logits (B, V) after the prompt idx (B, T); not compiled, since its length is new."""
+        self.open(idx.size(1) + 1)
+        with sdpa_kernel(PROMPT_KERNELS):  # without cuDNN, which plans up to 1 s for each length
+            return self.forward(idx, torch.arange(idx.size(1), device=idx.device))
 
-def product(x, weight):
-    """x @ weight.T in fp32 for few rows x (B, in_features). Compiled for one row, it runs at the memory's speed."""
-    if len(x) == 1 and torch.compiler.is_compiling():
-        return (x * weight.float()).sum(-1)[None]  # F.linear reaches a third of that on a CPU, and takes part in no fusion
-    return F.linear(x.to(weight.dtype), weight).float()
+    def step(self, ids, n):
+        """The logits (B, V) after the ids (B,) at position n."""
+        idx, position = ids[:, None], ids.new_tensor([n])
+        if n % BLOCK == 0:
+            self.open(n + 1)
+        if self.compile and self.started:
+            # The first step has shown that what was compiled fits: it is not checked at each token.
+            with torch.compiler.set_stance(skip_guard_eval_unsafe=True):
+                return self.forward(idx, position)
+        if not self.started:
+            self.start(idx, position)
+        return self.forward(idx, position)
 
-
-def decode_attention(q, k, v, position):
-    """Of one query, q (H, G, D), over the keys k (blocks, H, D, BLOCK) and values v (blocks, H, BLOCK, D) up to `position`.
-
-    All cores work, a block each, and no key is read twice."""
-    k, v = k.float(), v.float()
-    scores = torch.stack([(q[:, g, :, None] * k).sum(2) for g in range(q.size(1))], dim=2)  # (blocks, H, G, BLOCK)
-    places = torch.arange(k.size(0) * BLOCK, device=q.device).view(-1, 1, 1, BLOCK)
-    scores = torch.where(places <= position, scores * q.size(2)**-0.5, -1e30)
-    p = torch.exp(scores - scores.amax((0, 3), keepdim=True))
-    y = torch.stack([(p[:, :, g, :, None] * v).sum(2) for g in range(q.size(1))], dim=2)  # (blocks, H, G, D)
-    return (y * (1.0 / p.sum((0, 3)))[..., None]).sum(0)
-
-
-def decode_weights(layer):
-    """What decode_layer reads, as plain tensors: to look them up in modules takes 5 % of a token. q, k and v become one."""
-    attn, mlp = layer.self_attn, layer.mlp
-    modules = attn.o_proj, mlp.gate_proj, mlp.up_proj, mlp.down_proj, layer.input_layernorm, layer.post_attention_layernorm
-    return torch.cat([m.weight for m in (attn.q_proj, attn.k_proj, attn.v_proj)]), *(m.weight for m in modules)
-
-
-def decode_layer(weights, eps, x, cos, sin, position, keys, values):
-    """DecoderLayer for one new token a row, x (B, hidden_size) fp32, at `position`, a tensor; writes its key and value."""
-    qkv_proj, o_proj, gate_proj, up_proj, down_proj, input_norm, post_attention_norm = weights
-    B, (_, H, D, _) = len(x), keys.shape
-    qkv = product(F.rms_norm(x, x.shape[1:], input_norm.float(), eps), qkv_proj).view(B, -1, D)
-    qk, v = qkv.tensor_split([-(H // B)], dim=1)
-    q, k = apply_rotary(qk, cos, sin).tensor_split([-(H // B)], dim=1)
-    block, i = position // BLOCK, position % BLOCK
-    keys[block, :, :, i] = k.reshape(1, H, D).to(keys.dtype)
-    values[block, :, i] = v.reshape(1, H, D).to(values.dtype)
-    y = decode_attention(q.reshape(H, -1, D), keys, values, position)
-    x = x + product(y.view(B, -1), o_proj)
-    h = F.rms_norm(x, x.shape[1:], post_attention_norm.float(), eps)
-    return x + product(F.silu(product(h, gate_proj)) * product(h, up_proj), down_proj)
-
-
-def decode_head(norm, lm_head, eps, x):
-    return product(F.rms_norm(x, x.shape[1:], norm.float(), eps), lm_head)
+    def start(self, idx, position):
+        """Compiles the step; captures it as a CUDA graph: its 1,850 launches outlast their work."""
+        self.started = True
+        if self.compile:
+            self.layer = torch.compile(self.layer, options=DECODE_OPTIONS)
+            self.next_logits = torch.compile(self.next_logits, options=DECODE_OPTIONS)
+        if self.graph:
+            with torch.autocast("cuda", enabled=False):  # on in a training's samples: not captured
+                example = (idx.clone(), position.clone())
+                self.forward = torch.cuda.make_graphed_callables(self.forward, example)
 
 
-decode_region = torch.compiler.nested_compile_region(decode_layer)  # within a compiled step: compiled once, called for all
+def sample_token(logits, seen, temperature=1.0, top_k=0, top_p=1.0, repetition_penalty=1.0,
+                 generator=None):
+    """Draws the next ids (B,) from logits (B, V). temperature 0 takes the likeliest.
 
-
-def decode_step(layer, head, layers, norm, embed_tokens, eps, rotary, idx, position):
-    """Logits (B, vocab_size), fp32, after the tokens idx (B,) at `position`. layers: weights, keys and values of each."""
-    x, (cos, sin) = F.embedding(idx, embed_tokens).float(), [t.index_select(0, position) for t in rotary]
-    for weights, keys, values in layers:
-        x = layer(weights, eps, x, cos, sin, position, keys, values)
-    return head(norm, embed_tokens, eps, x)
-
-
-def sample_token(logits, seen, temperature=1.0, top_k=0, top_p=1.0, repetition_penalty=1.0, generator=None):
-    """Draws the next ids (B,) from logits (B, V); seen: (B, T), the ids so far. temperature 0 takes the likeliest.
-
-    top_k: among the k likeliest (0: all). top_p: among the likeliest that together have this probability (Holtzman et
-    al. 2020, arXiv:1904.09751). repetition_penalty: Keskar et al. 2019 (arXiv:1909.05858), 1 for none."""
+    seen: (B, T), the ids so far. top_k: among the k likeliest (0: all). top_p: among the likeliest
+    that together have this probability (Holtzman et al. 2020, arXiv:1904.09751).
+    repetition_penalty: Keskar et al. 2019 (arXiv:1909.05858), 1 for none."""
     logits = logits.float()
     if repetition_penalty != 1.0:
         past = logits.gather(1, seen)
-        logits = logits.scatter(1, seen, torch.where(past > 0, past / repetition_penalty, past * repetition_penalty))
+        past = torch.where(past > 0, past / repetition_penalty, past * repetition_penalty)
+        logits = logits.scatter(1, seen, past)
     if temperature == 0:
         return logits.argmax(-1)
-    logits, ids = logits.topk(top_k or logits.size(1)) if top_k or top_p < 1 else (logits, None)
+    ids = None
+    if top_k or top_p < 1:
+        logits, ids = logits.topk(top_k or logits.size(1))  # sorted, the likeliest first
     probs = torch.softmax((logits - logits.amax(-1, keepdim=True)) / temperature, dim=-1)
     if top_p < 1:
-        probs = probs.masked_fill(probs.cumsum(-1) - probs >= top_p, 0.0)  # keeps the one that crosses the line
-    # The largest p / Exp(1) falls on each index with its probability: multinomial, without its sum and search.
-    choice = (probs / torch.empty_like(probs).exponential_(generator=generator)).argmax(-1, keepdim=True)
-    return (choice if ids is None else ids.gather(1, choice)).squeeze(1)
-
-
-# A token takes 8 ms on a CPU, so small things count: no checks of sizes that cannot change, and x * y + z rounded once.
-DECODE_OPTIONS = {"size_asserts": False, "cpp.enable_floating_point_contract_flag": "fast"}
+        before = probs.cumsum(-1) - probs
+        probs = probs.masked_fill(before >= top_p, 0.0)  # keeps the one that crosses the line
+    # The largest p / Exp(1) falls on each index with its probability: multinomial, but faster.
+    noise = torch.empty_like(probs).exponential_(generator=generator)
+    choice = (probs / noise).argmax(-1, keepdim=True)
+    if ids is not None:
+        choice = ids.gather(1, choice)
+    return choice.squeeze(1)
 
 
 @torch.inference_mode()
-def generate(model, idx, max_new_tokens, compile=None, **sampling):
-    """Yields the next ids (B,), max_new_tokens times, after the prompt idx (B, T). sampling: see sample_token.
+def generate(model, idx, max_new_tokens, compile=False, **sampling):
+    """Yields the next ids (B,), max_new_tokens times, after the prompt idx (B, T).
 
-    compile: "layer" or, for very long texts on a CPU, "step": 1.5 s more of compiling, 0.7 ms a token less.
-    Raises ValueError where the prompt and the new tokens do not fit into the model's positions: nothing slides."""
+    compile: see worth_compiling. sampling: see sample_token. Raises ValueError where prompt and
+    new tokens exceed the model's positions: nothing slides."""
     B, T = idx.shape
-    limit, on_cuda = model.config.max_position_embeddings, idx.device.type == "cuda"
-    if T + max_new_tokens > limit:
-        raise ValueError(f"a prompt of {T} tokens and {max_new_tokens} new ones do not fit into the model's {limit} "
-                         "positions: ask for fewer, or shorten the prompt")
-    weights, eps = [decode_weights(layer) for layer in model.model.layers], model.config.rms_norm_eps
-    cache = KVCache(model.config, B, T + max_new_tokens, idx.device, model.lm_head.weight.dtype)
-    layer, head, step = decode_layer, decode_head, decode_step
-    if compile == "layer":
-        layer, head = (torch.compile(f, options=DECODE_OPTIONS) for f in (layer, head))
-    elif compile == "step":  # (sizes that torch makes dynamic by itself break its reuse of the region)
-        layer, step = decode_region, torch.compile(step, dynamic=False, options=DECODE_OPTIONS)
-    logits, seen = model(idx, logits_to_keep=1, cache=cache)[0][:, -1], idx
-    for n in range(T, T + max_new_tokens):
+    size, limit = T + max_new_tokens, model.config.max_position_embeddings
+    if size > limit:
+        raise ValueError(f"a prompt of {T} tokens and {max_new_tokens} new ones do not fit into the"
+                         f" model's {limit} positions: ask for fewer, or shorten the prompt")
+    graph = idx.is_cuda and (compile or max_new_tokens >= 50)  # fewer do not win back the capture
+    decoder = Decoder(model, B, size, compile, graph)
+    logits, seen = decoder.read_prompt(idx), idx
+    for n in range(T, size):  # the position of the new token
         new = sample_token(logits, seen, **sampling)
         yield new
-        if n + 1 == T + max_new_tokens:
-            return
-        seen, position = torch.cat((seen, new[:, None]), dim=1), idx.new_tensor([n])
-        if n == T or n % BLOCK == 0 and not on_cuda:  # with CUDA all blocks are read: a graph is captured once, as it is
-            blocks = cache.blocks if on_cuda else max(2, n // BLOCK + 1)
-            layers = [(w, k[:blocks], v[:blocks]) for w, k, v in zip(weights, cache.keys, cache.values)]
-            for t in (*cache.rotary, *(t for _, *kv in layers for t in kv)) if compile else ():
-                torch._dynamo.mark_dynamic(t, 0)  # what is compiled serves any number of blocks
-            run = partial(step, layer, head, layers, model.model.norm.weight, model.lm_head.weight, eps, cache.rotary)
-            if compile and on_cuda:  # one CUDA graph: to launch a token's kernels one by one takes longer than they do
-                run = torch.cuda.make_graphed_callables(run, (new.clone(), position.clone()))
-        # The first step has shown that what was compiled fits: it need not check that at every token.
-        with torch.compiler.set_stance(skip_guard_eval_unsafe=True) if compile and n > T else nullcontext():
-            logits = run(new, position)
-
-
-# ------------------------------------------------------------------------------- weights in Hugging Face's format
+        if n + 1 < size:
+            seen = torch.cat((seen, new[:, None]), dim=1)
+            logits = decoder.step(new, n)
 
 
 def config_from_hf(hf):
-    """The SmolLM2Config of a Hugging Face config.json (a dict). Raises ValueError, naming what this model is not."""
-    rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}  # transformers 5 writes the first
-    expected = {"model_type": "llama", "hidden_act": "silu", "attention_bias": False, "mlp_bias": False,
-                "tie_word_embeddings": True, "rope_type": "default", "partial_rotary_factor": 1.0}
-    found = {"attention_bias": False, "mlp_bias": False, "hidden_act": "silu", "tie_word_embeddings": False,
-             "partial_rotary_factor": 1.0, **hf, "rope_type": rope.get("rope_type", rope.get("type", "default"))}
-    wrong = [f"{key} = {found.get(key)!r} (only {value!r})" for key, value in expected.items() if found.get(key) != value]
-    missing = [f.name for f in fields(SmolLM2Config) if f.name.endswith("size") or f.name.startswith("num_")]
-    wrong += [f"{key} is missing" for key in missing if not isinstance(hf.get(key), int) and key != "num_key_value_heads"]
-    if not wrong and hf.get("head_dim") not in (None, hf["hidden_size"] // hf["num_attention_heads"]):
-        wrong = [f"head_dim = {hf['head_dim']!r} (only hidden_size / num_attention_heads)"]
+    """The SmolLM2Config of a Hugging Face config.json, a dict, with LlamaConfig's defaults.
+
+    Raises ValueError, naming what this model does not have."""
+    rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}  # transformers 5 has the first
+    defaults = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False,
+                "tie_word_embeddings": False, "partial_rotary_factor": 1.0,
+                "num_key_value_heads": hf.get("num_attention_heads"), "initializer_range": 0.02,
+                "max_position_embeddings": 2048, "rms_norm_eps": 1e-6,
+                "rope_theta": rope.get("rope_theta", 10_000.0)}
+    stated = {key: value for key, value in hf.items() if value is not None}
+    found = {**defaults, **stated, "rope_type": rope.get("rope_type", rope.get("type", "default"))}
+    required = {"model_type": "llama", "hidden_act": "silu", "attention_bias": False,
+                "mlp_bias": False, "tie_word_embeddings": True, "rope_type": "default",
+                "partial_rotary_factor": 1.0}
+    wrong = [f"{key} = {found.get(key)!r} (only {value!r})"
+             for key, value in required.items() if found.get(key) != value]
+    sizes = {f.name: found.get(f.name) for f in fields(SmolLM2Config)}
+    wrong += [f"{key} is missing" for key, value in sizes.items() if value is None]
     if wrong:
-        raise ValueError("its config.json is not supported here: " + "; ".join(wrong))
-    hf = {"num_key_value_heads": hf["num_attention_heads"], "rope_theta": rope.get("rope_theta", 10_000.0), **hf}
-    return SmolLM2Config(**{f.name: hf[f.name] for f in fields(SmolLM2Config) if hf.get(f.name) is not None})
+        raise ValueError("not supported in config.json: " + "; ".join(wrong))
+    config = SmolLM2Config(**sizes)
+    if found.get("head_dim", config.head_dim) != config.head_dim:
+        raise ValueError(f"head_dim = {found['head_dim']} (only hidden_size / num_attention_heads)")
+    return config
 
 
 def from_pretrained(source):
-    """Loads a model (fp32, CPU) from a folder in Hugging Face's format, or from the hub by its name (USER/NAME).
+    """Loads a model (fp32, CPU) from a folder in Hugging Face's format, or the hub by USER/NAME.
 
-    Weights come from safetensors alone, which cannot carry code. Raises ValueError for what is missing or different.
-    """
+    Weights come from safetensors alone, which cannot carry code. Raises ValueError, in one line,
+    for what is missing or different."""
     from huggingface_hub import snapshot_download
     from safetensors.torch import load_file
 
-    folder = source
-    if not os.path.isdir(source):
-        try:
-            folder = snapshot_download(source, allow_patterns=["*.json", "*.safetensors", "*.txt"])
-        except Exception as e:
-            raise ValueError(f"{source} is no folder, and the hub did not give it ({type(e).__name__})") from e
+    folder, state = Path(source), {}
     try:
-        with open(os.path.join(folder, "config.json"), encoding="utf-8") as f:
-            config = config_from_hf(json.load(f))
-        files = sorted(name for name in os.listdir(folder) if name.endswith(".safetensors"))
-        state = {key: value for name in files for key, value in load_file(os.path.join(folder, name)).items()}
+        if not folder.is_dir():
+            patterns = ["*.json", "*.safetensors", "*.txt"]
+            folder = Path(snapshot_download(str(source), allow_patterns=patterns))
+        config = config_from_hf(json.loads((folder / "config.json").read_text(encoding="utf-8")))
+        with torch.device("meta"):
+            model = SmolLM2(config)
+        for file in sorted(folder.glob("*.safetensors")):
+            state.update(load_file(file))
+        if "model.embed_tokens.weight" in state:  # tied, and in most files once
+            state["lm_head.weight"] = state["model.embed_tokens.weight"]
+        model.load_state_dict(state, assign=True)
     except Exception as e:
-        raise ValueError(f"cannot load {source}: {e}") from e
-    state.pop("lm_head.weight", None)  # tied: some files carry it twice
-    with torch.device("meta"):
-        model = SmolLM2(config)
-    wanted = {key: value.shape for key, value in model.state_dict().items() if key != "lm_head.weight"}
-    if wanted != {key: value.shape for key, value in state.items()}:
-        odd = sorted(wanted.keys() ^ state.keys()) or [k for k in wanted if wanted[k] != state[k].shape]
-        raise ValueError(f"the weights in {source} do not fit its config.json: {odd[0]} and {len(odd) - 1} more")
-    model = model.to_empty(device="cpu")
-    model.lm_head.weight = model.model.embed_tokens.weight  # to_empty makes two of them
-    model.load_state_dict(state, strict=False)
-    return model
+        problem = " ".join(str(e).split())[:200]
+        raise ValueError(f"cannot load {source}: {type(e).__name__}: {problem}") from e
+    model.lm_head.weight = model.model.embed_tokens.weight  # the assignment made two of them
+    return model.float()
 
 
-def save_pretrained(model, folder, dtype=torch.float32, **extra):
-    """Writes model.safetensors and config.json as transformers' LlamaForCausalLM reads them; extra: more fields."""
-    from safetensors.torch import save_file
+def native_bf16():
+    """True where this processor multiplies bf16 itself; elsewhere it is slower than fp32."""
+    get_capabilities = getattr(torch.cpu, "get_capabilities", dict)
+    found = get_capabilities() or {"avx512_bf16": torch.cpu._is_avx512_bf16_supported()}
+    return any(found.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16", "arm_bf16"))
 
-    os.makedirs(folder, exist_ok=True)
-    state = {key: p.detach().to("cpu", dtype).contiguous() for key, p in model.named_parameters()}  # tied: once
-    save_file(state, os.path.join(folder, "model.safetensors"), metadata={"format": "pt"})
-    config = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu", "attention_bias": False,
-              "mlp_bias": False, "tie_word_embeddings": True, "head_dim": model.config.head_dim,
-              "torch_dtype": str(dtype).removeprefix("torch."), **asdict(model.config), **extra}
-    with open(os.path.join(folder, "config.json"), "w", encoding="utf-8") as f:
-        json.dump(config, f, indent=2)
+
+def pick_device(device="auto", dtype="auto"):
+    """(torch.device, torch.dtype, the reason for that dtype). "cuda" is this process's own GPU.
+
+    Raises ValueError, in one line, for a device that is not available."""
+    name = device
+    if device == "auto":
+        name = "mps" if torch.backends.mps.is_available() else "cpu"
+        if torch.cuda.is_available():
+            name = "cuda"
+    if name == "cuda":
+        name = "cuda:" + os.environ.get("LOCAL_RANK", "0")
+    try:
+        picked = torch.device(name)
+        torch.zeros(1, device=picked)
+    except (RuntimeError, AssertionError) as e:
+        problem = (str(e) or repr(e)).splitlines()[0]
+        raise ValueError(f"device = {device!r} is not available here: {problem}") from None
+    if dtype != "auto":
+        return picked, getattr(torch, dtype), "as asked"
+    if picked.type == "cuda":
+        major, minor = torch.cuda.get_device_capability(picked)
+        if major >= 8:
+            return picked, torch.bfloat16, f"compute capability {major}.{minor}"
+        return picked, torch.float16, f"compute capability {major}.{minor} emulates bf16"
+    if picked.type == "cpu" and native_bf16():
+        return picked, torch.bfloat16, "the processor has it"
+    return picked, torch.float32, "no native bf16"
+
+
+def compiler_problem(device):
+    """Why compiling a small function does not work on this device, in one line; None if it does."""
+    try:
+        torch.compile(lambda x: x + 1)(torch.zeros(8, device=device))
+        torch._dynamo.reset()
+    except Exception as e:  # whatever it is, all goes on without the compiler
+        return " ".join(str(e).split())[:90] or type(e).__name__
+    return None
+
+
+def worth_compiling(device, max_new_tokens):
+    """True where so many tokens win back the seconds that generate(compile=True) takes first."""
+    enough = {"cpu": 100, "cuda": 1000}.get(device.type, math.inf)
+    return max_new_tokens >= enough and compiler_problem(device) is None
+
+
+def keep_freed_memory():
+    """Lets glibc keep what is freed, or each step gives hundreds of MB back and faults them in."""
+    try:
+        libc = ctypes.CDLL(None)
+        libc.mallopt(-4, 0)  # M_MMAP_MAX
+        libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD
+    except (AttributeError, OSError, TypeError):  # another C library
+        pass
 
 
 def main():
-    config = SmolLM2Config()
-    model = SmolLM2(config)
+    model = SmolLM2(SmolLM2Config())
     print(model)
     sizes = {}
     for name, p in model.named_parameters():
-        parts = name.split(".")
-        component = "norms" if "norm" in name else parts[-3] if "layers" in name else parts[-2]
+        component = "norms" if "norm" in name else name.split(".")[-2]
         sizes[component] = sizes.get(component, 0) + p.numel()
-    total = sum(sizes.values())
+    sizes["total"] = sum(sizes.values())
     print(f"\n{'component':<14}{'parameters':>13}{'share':>9}")
-    for component, n in [*sizes.items(), ("total", total)]:
-        print(f"{component:<14}{n:>13,}{n / total:>9.2%}")
-    print(f"\nTraining FLOPs after Chowdhery et al. 2022 (PaLM): 6 N + 12 L H Q T a token; causal: half the attention.\n"
-          f"{'batch':>10}{'a token':>12}{'causal':>12}{'a step':>12}{'causal':>12}")
+    for component, n in sizes.items():
+        print(f"{component:<14}{n:>13,}{n / sizes['total']:>9.2%}")
+    print("\nTraining FLOPs (see flops_per_token)\n     batch     a token      a step  causal step")
     for B, T in [(4, 256), (8, 1024), (16, 2048)]:
         full, causal = model.flops_per_token(T), model.flops_per_token(T, causal=True)
-        print(f"{B:>3} x {T:>4}{full / 1e9:>9.3f} GF{causal / 1e9:>9.3f} GF{full * B * T / 1e12:>9.3f} TF"
-              f"{causal * B * T / 1e12:>9.3f} TF")
+        step, causal_step = full * B * T / 1e12, causal * B * T / 1e12
+        print(f"{B:>3} x {T:>4}{full / 1e9:>9.3f} GF{step:>9.3f} TF{causal_step:>9.3f} TF")
 
 
 if __name__ == "__main__":

@@ -3,15 +3,19 @@
     python sample.py --prompt "ROMEO:"                                  # the newest checkpoint in out/
     python sample.py --prompt "Once" --checkpoint best --temperature 0.7 --num_samples 3
     python sample.py --prompt "Gravity is" --checkpoint HuggingFaceTB/SmolLM2-135M
-    echo "To be" | python sample.py --prompt -                          # the prompt from standard input
+    echo "To be" | python sample.py --prompt -                          # from standard input
 
-The text goes to standard output, all else to standard error. The same seed gives the same text again.
+The text goes to standard output, all else to standard error. The same seed gives the same text.
 """
 import argparse
+import hashlib
 import os
+import re
 import signal
 import sys
 from pathlib import Path
+
+HUB_NAME = r"[\w.-]+/[\w.-]+"
 
 
 def fail(message, code=1):
@@ -34,168 +38,180 @@ def parse_args(argv):
     parser = argparse.ArgumentParser(prog="sample.py", description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = lambda message: fail(message, 2)
-    what = parser.add_argument_group("what to continue, and with which model")
-    what.add_argument("--prompt", default="\n", help="text to continue; - reads standard input [a line break]")
-    what.add_argument("--checkpoint", default="out", help="a checkpoint file, an out_dir (its newest), 'best' or "
-                      "OUT_DIR/best (the lowest held-out loss), a folder in Hugging Face's format, or a hub name [out]")
-    how = parser.add_argument_group("how to choose the next token")
-    how.add_argument("--temperature", type=number(float, 0, 1e6), default=0.8, help="below 1 likelier, above 1 wilder "
-                     "tokens; 0: always the likeliest [0.8]")
-    how.add_argument("--top_k", type=number(int, 0, 2**31), default=50, help="among the k likeliest; 0: all [50]")
-    how.add_argument("--top_p", type=number(float, 0, 1), default=1.0, help="among the likeliest that together have this "
-                     "probability [1]")
-    how.add_argument("--repetition_penalty", type=number(float, 1e-6, 1e6), default=1.0, help="above 1: tokens that were "
-                     "there become less likely [1: off]")
-    how.add_argument("--seed", type=number(int, 0, 2**63 - 1), default=1337, help="of the choices [1337]")
-    much = parser.add_argument_group("how much")
-    much.add_argument("--max_new_tokens", type=number(int, 1, 2**31), default=200, help="tokens at most [200]")
-    much.add_argument("--num_samples", type=number(int, 1, 4096), default=1, help="texts, made in one batch [1]")
-    much.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before this text; may be repeated")
-    where = parser.add_argument_group("the machine")
-    where.add_argument("--device", default="auto", help="auto, cpu, cuda, mps [auto]")
-    where.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"), help="[auto: "
-                       "bfloat16 where the machine has it]")
+    add = parser.add_argument
+    add("--prompt", default="\n", help="text to continue; - reads standard input [a line break]")
+    add("--checkpoint", default="out", help="a file, an out_dir (its newest), 'best' or OUT_DIR/best, "
+        "a folder in Hugging Face's format, or a hub name [out]")
+    add("--temperature", type=number(float, 0, 1e6), default=0.8,
+        help="below 1 likelier, above 1 wilder tokens; 0: always the likeliest [0.8]")
+    add("--top_k", type=number(int, 0, 2**31), default=50, help="of the k likeliest; 0: all [50]")
+    add("--top_p", type=number(float, 0, 1), default=1.0,
+        help="of the likeliest that together have this probability [1]")
+    add("--repetition_penalty", type=number(float, 1e-6, 1e6), default=1.0,
+        help="above 1: tokens that were there become less likely [1: off]")
+    add("--seed", type=number(int, 0, 2**63 - 1), default=1337, help="of the choices [1337]")
+    add("--max_new_tokens", type=number(int, 1, 2**31), default=200, help="at most [200]")
+    add("--num_samples", type=number(int, 1, 4096), default=1, help="texts, made in one batch [1]")
+    add("--stop", action="append", default=[], metavar="TEXT", help="end before this text; repeatable")
+    add("--device", default="auto", help="auto, cpu, cuda, mps [auto]")
+    add("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"),
+        help="[auto: bfloat16 where the machine has it]")
     args = parser.parse_args(argv)
     if "" in args.stop:
         fail("--stop: an empty text would end at once", 2)
     return args
 
 
-def load(checkpoint, say):
-    """Returns (model, tokenizer, state) of a checkpoint, a folder or a hub name. Raises ValueError where there is none.
+def load(checkpoint):
+    """(model, tokenizer, state) of a checkpoint, of a folder in Hugging Face's format, or of the hub.
 
-    state: the checkpoint's dict, with its path as "file"; None for weights in Hugging Face's format."""
-    import torch
-    from transformers import PreTrainedTokenizerFast
-    from transformers.utils import logging
-
-    from model import SmolLM2, SmolLM2Config, from_pretrained
-    from train import MODEL_KEYS, checkpoints, load_checkpoint
-
-    logging.set_verbosity_error()
-    path = Path(checkpoint)
-    is_best = path.name == "best" and not path.exists()
-    if is_best:
-        path = path.parent if checkpoint != "best" else Path("out")
-    if path.is_file() or path.is_dir() and checkpoints(path) or checkpoint == "out" or is_best:
-        file, state = load_checkpoint(path, say, mmap=True)
-        if state and is_best and state["best"]:
-            file, state = load_checkpoint(path / f"step_{state['best']['step']:06d}.pt", say, mmap=True)
-        if not state:
-            raise ValueError(f"there is no checkpoint in {path}/: python train.py config/smollm2.py makes one")
-        with torch.device("meta"):
-            model = SmolLM2(SmolLM2Config(**{key: state["config"][key] for key in MODEL_KEYS}))
-        model.load_state_dict(state["model"], assign=True)
-        model.lm_head.weight = model.model.embed_tokens.weight
-        state["file"] = file
-        say(f"{file}: step {state['step']}")
-        folder = Path(state["config"]["data_dir"], "tokenizer")
-    else:
-        model, folder, state = from_pretrained(checkpoint), checkpoint, None
-    try:
-        # (AutoTokenizer of transformers 5 rebuilds this tokenizer in another class, and loses the splitting of digits.)
-        return model, PreTrainedTokenizerFast.from_pretrained(folder), state
-    except Exception as e:
-        raise ValueError(f"no tokenizer in {folder}: {(str(e) or repr(e)).splitlines()[0]}") from None
-
-
-def pick_device(device="auto", dtype="auto"):
-    """The torch.device and the torch.dtype to generate with. Ends the program where the device is not to be had."""
+    state: the checkpoint's dict, with its path as "file"; None for the others. Raises ValueError,
+    in one line, where there is nothing to load. The hub is asked only for USER/NAME as typed."""
     import torch
 
-    from train import native_bf16
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    from model import SmolLM2, from_pretrained
+    from prepare import hub_folder, load_tokenizer
+    from train import TrainConfig, load_checkpoint
+
+    path = Path("out/best") if checkpoint == "best" else Path(checkpoint).expanduser()
+    if (path / "config.json").is_file():
+        return from_pretrained(path), load_tokenizer(path), None
+    if not path.exists() and path.name != "best" and re.fullmatch(HUB_NAME, checkpoint):
+        model = from_pretrained(checkpoint)
+        return model, load_tokenizer(hub_folder(checkpoint)), None
     try:
-        device = torch.zeros(1, device=device).device
-    except (RuntimeError, AssertionError) as e:
-        fail(f"--device {device} is not to be had here: {(str(e) or repr(e)).splitlines()[0]}", 2)
-    has_bf16 = native_bf16() if device.type == "cpu" else device.type == "cuda" and torch.cuda.get_device_capability()[0] >= 8
-    return device, getattr(torch, dtype if dtype != "auto" else "bfloat16" if has_bf16 else "float32")
+        file, state = load_checkpoint(path, mmap=True)
+    except FileNotFoundError as e:
+        raise ValueError(f"{e}: python train.py config/smollm2.py makes one") from None
+    with torch.device("meta"):
+        model = SmolLM2(TrainConfig(**state["config"]))
+    model.load_state_dict(state["model"], assign=True)
+    model.lm_head.weight = model.model.embed_tokens.weight
+    state["file"] = file
+    return model, load_tokenizer(tokenizer_folder(file, state)), state
+
+
+def tokenizer_folder(file, state):
+    """Where the tokenizer of a checkpoint's run lies. Raises ValueError where it is gone, or another."""
+    places = [file.parent / "tokenizer", Path(state["config"]["data_dir"], "tokenizer")]
+    for folder in places:
+        tokenizer = folder / "tokenizer.json"
+        if tokenizer.is_file():
+            digest = hashlib.sha256(tokenizer.read_bytes()).hexdigest()
+            if digest.startswith(state["data"]["tokenizer"]):
+                return folder
+    raise ValueError(f"the tokenizer that {file} was trained with is neither in {places[0]} nor in "
+                     f"{places[1]}: copy it to the first")
 
 
 class Streamer:
-    """Turns the ids of one text, as they come, into pieces of text: whole characters only, and none of a stop text."""
+    """Turns the ids of one text, as they come, into text: whole characters, and none of a stop text."""
 
     def __init__(self, tokenizer, prompt, stops):
-        self.decode = lambda ids: tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
-        self.ids, self.start, self.stops, self.ended = list(prompt), len(self.decode(prompt)), stops, False
-        self.sent = self.start
+        from tokenizers.decoders import DecodeStream
+        self.backend, self.stops = tokenizer.backend_tokenizer, stops
+        self.stream = DecodeStream(prompt, skip_special_tokens=False)
+        self.waiting = ""  # may be the beginning of a stop text
+        self.ended = False
 
-    def push(self, token, last=False):
-        """Adds a token (None: nothing more comes); returns the text that is now certain."""
-        if token is not None:
-            self.ids.append(token)
-        text = self.decode(self.ids)
-        end = len(text) if last else len(text.rstrip("\ufffd"))  # the bytes of a character still to come
-        found = [i for i in (text.find(stop, self.start) for stop in self.stops) if i >= 0]
+    def push(self, token):
+        """Adds a token and returns the text that is now certain."""
+        self.waiting += self.stream.step(self.backend, token) or ""
+        found = [self.waiting.find(stop) for stop in self.stops if stop in self.waiting]
         if found:
-            self.ended, end = True, min(found)
-        elif not last:  # a stop text may have begun
-            end -= max((n for stop in self.stops for n in range(1, len(stop)) if text[:end].endswith(stop[:n])), default=0)
-        piece, self.sent = text[self.sent:end], max(self.sent, end)
-        return piece
+            self.ended = True
+            return self.take(min(found))
+        begun = 0
+        for stop in self.stops:
+            for n in range(1, len(stop)):
+                if self.waiting.endswith(stop[:n]):
+                    begun = max(begun, n)
+        return self.take(len(self.waiting) - begun)
+
+    def take(self, end):
+        text, self.waiting = self.waiting[:end], self.waiting[end:]
+        return text
+
+    def finish(self):
+        """The rest, after the last token."""
+        text = "" if self.ended else self.waiting
+        self.ended, self.waiting = True, ""
+        return text
+
+
+def write(streams, tokens, eos):
+    """Yields (number of the text, piece of it) as the tokens of all texts, (B,) a step, come."""
+    for step in tokens:
+        for i, (stream, token) in enumerate(zip(streams, step.tolist())):
+            if not stream.ended and token != eos:
+                yield i, stream.push(token)
+            elif not stream.ended:
+                yield i, stream.finish()
+        if all(stream.ended for stream in streams):
+            return
+    for i, stream in enumerate(streams):
+        yield i, stream.finish()
 
 
 def main(argv=None):
     args = parse_args(argv)
-    signal.signal(signal.SIGINT, lambda *_: os._exit(130))  # Ctrl-C is how one ends a text one has seen enough of
-    say = lambda text: print(text, file=sys.stderr, flush=True)  # noqa: E731
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))  # Ctrl-C ends a text one has seen enough of
     try:
-        prompt = sys.stdin.buffer.read().decode() if args.prompt == "-" else args.prompt
+        prompt = args.prompt
+        if prompt == "-":
+            prompt = sys.stdin.buffer.read().decode()
         prompt.encode()
     except UnicodeError:
         fail("--prompt: not UTF-8 text", 2)
     import torch
 
-    from model import generate
-    from train import compiler_problem, keep_memory
-    device, dtype = pick_device(args.device, args.dtype)
+    from model import generate, keep_freed_memory, pick_device, worth_compiling
     try:
-        model, tokenizer, _ = load(args.checkpoint, say)
+        device, dtype, _ = pick_device(args.device, args.dtype)
+    except ValueError as e:
+        fail(f"--{e}", 2)
+    try:
+        model, tokenizer, state = load(args.checkpoint)
     except ValueError as e:
         fail(f"--checkpoint: {e}")
-    model = model.to(device, dtype).eval()
+    if state:
+        print(f"{state['file']}: step {state['step']}{advice(args.checkpoint, state)}", file=sys.stderr)
     if device.type == "cpu":
-        keep_memory()
+        keep_freed_memory()
+    model = model.to(device, dtype).eval()
     eos = tokenizer.eos_token_id
     ids = tokenizer.encode(prompt, add_special_tokens=False) or [eos]
-    generator = torch.Generator(device).manual_seed(args.seed)
-    # Compiling takes seconds (the first time ten): it pays for a long text, not for a short answer.
-    pays = {"cpu": {2000: "step", 100: "layer"}, "cuda": {1000: "layer"}}.get(device.type, {})
-    compile = next((what for tokens, what in pays.items() if args.max_new_tokens >= tokens), None)
-    if compile and compiler_problem(device):
-        compile = None
-    tokens = generate(model, torch.tensor([ids] * args.num_samples, device=device), args.max_new_tokens, compile,
-                      temperature=args.temperature, top_k=min(args.top_k, model.config.vocab_size), top_p=args.top_p,
-                      repetition_penalty=args.repetition_penalty, generator=generator)
+    if len(ids) + args.max_new_tokens > model.config.max_position_embeddings:
+        fail(f"a prompt of {len(ids)} tokens and {args.max_new_tokens} new ones do not fit into the model's "
+             f"{model.config.max_position_embeddings} positions: lower --max_new_tokens")
+    tokens = generate(model, torch.tensor([ids] * args.num_samples, device=device), args.max_new_tokens,
+                      worth_compiling(device, args.max_new_tokens), temperature=args.temperature,
+                      top_k=min(args.top_k, model.config.vocab_size), top_p=args.top_p,
+                      repetition_penalty=args.repetition_penalty,
+                      generator=torch.Generator(device).manual_seed(args.seed))
     streams = [Streamer(tokenizer, ids, args.stop) for _ in range(args.num_samples)]
-    texts = [""] * args.num_samples  # one is printed as it comes, several each when all are done
-    live = args.num_samples == 1
+    texts = [prompt] * args.num_samples
     sys.stdout.reconfigure(encoding="utf-8", errors="replace")
-    try:
-        if live:
-            print(prompt, end="", flush=True)
-        for step in tokens:
-            for i, (stream, token) in enumerate(zip(streams, step.tolist())):
-                if not stream.ended:
-                    stream.ended = token == eos
-                    texts[i] += (piece := stream.push(None if token == eos else token, last=token == eos))
-                    if live:
-                        print(piece, end="", flush=True)
-            if all(stream.ended for stream in streams):
-                break
-    except ValueError as e:
-        fail(e)
-    for i, stream in enumerate(streams):
-        if not stream.ended:
-            texts[i] += (piece := stream.push(None, last=True))
-            if live:
-                print(piece, end="")
-        if not live:
-            print(f"--- {i + 1}\n{prompt}{texts[i]}")
-    if live:
+    is_live = args.num_samples == 1  # one text is printed as it comes, several when all are done
+    if is_live:
+        print(prompt, end="", flush=True)
+    for i, piece in write(streams, tokens, eos):
+        texts[i] += piece
+        if is_live:
+            print(piece, end="", flush=True)
+    if is_live:
         print()
+    else:
+        for i, text in enumerate(texts, 1):
+            print(f"--- {i}\n{text}")
+
+
+def advice(checkpoint, state):
+    """A hint where the best held-out loss was before the checkpoint that is taken."""
+    best = state["best"]
+    if not best or best["step"] >= state["step"]:
+        return ""
+    return f" (the held-out loss was lowest at step {best['step']}: --checkpoint {state['file'].parent}/best)"
 
 
 if __name__ == "__main__":

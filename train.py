@@ -1,392 +1,91 @@
 """Trains SmolLM2 from scratch, and goes on after any stop as if nothing had happened.
 
-    python train.py config/smollm2.py                         # starts a run (and prepares the default data if missing)
-    python train.py config/tiny.py --max_steps=100            # any key of TrainConfig: --key=value or --key value
-    python train.py --resume                                  # goes on from the newest whole checkpoint in out/
-    python train.py --resume --max_steps=5050                 # makes a finished run longer
+    python train.py config/smollm2.py                  # starts a run; prepares the data if missing
+    python train.py config/tiny.py --max_steps=100     # any key: --key=value or --key value
+    python train.py --resume                           # from the newest whole checkpoint in out/
+    python train.py --resume --max_steps=5050          # makes a finished run longer
     torchrun --standalone --nproc_per_node=4 train.py config/smollm2.py --resume=auto
 """
 import argparse
 import ast
-import ctypes
 import difflib
 import hashlib
-import inspect
 import json
 import math
 import os
-import pickle
 import random
-import re
+import shlex
 import shutil
 import signal
+import subprocess
 import sys
 import time
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import timedelta
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 
+import filelock
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from model import SmolLM2, SmolLM2Config, from_pretrained, generate
-
-# ----------------------------------------------------------------------------------------------------------- config
-
-
-@dataclass
-class TrainConfig:
-    # --- the run
-    out_dir: str = "out"  # checkpoints, metrics.jsonl and samples are written here
-    data_dir: str = "data/shakespeare"  # made by prepare.py
-    init_from: str = ""  # start from these weights: a folder in Hugging Face's format or a hub name (empty: random)
-    seed: int = 1337  # of the first weights, the order of the data and the samples
-    max_steps: int = 5000  # optimizer steps of the whole run
-    # --- the batch
-    batch_size: int = 4  # sequences in one optimizer step, over all processes
-    micro_batch_size: int = 0  # sequences that one process runs at once; fewer take less memory (0: its whole share)
-    block_size: int = 256  # tokens in a sequence
-    # --- the optimizer
-    optimizer: str = "adamw"  # adamw; or muon: Muon for the layers' matrices, AdamW for the embedding and the norms
-    learning_rate: float = 3e-4  # of AdamW, after the warm-up
-    muon_learning_rate: float = 0.02  # of Muon, after the warm-up; it follows the same curve
-    lr_schedule: str = "cosine"  # cosine; or wsd: constant, then linear decay over the last fifth
-    min_lr: float = 3e-5  # at the end of the decay, and after it
-    warmup_steps: int = 100  # steps of linear warm-up
-    lr_decay_steps: int = 0  # step at which the decay ends (0: the max_steps of the run's start)
-    weight_decay: float = 0.1  # on matrices, not on norms
-    beta1: float = 0.9  # decay of the gradient's running mean
-    beta2: float = 0.95  # decay of its square's running mean
-    grad_clip: float = 1.0  # largest norm of the gradient (0: no clipping)
-    # --- intervals, in steps (0: never)
-    log_interval: int = 10  # a line in metrics.jsonl, and on a screen that shows no bar
-    eval_interval: int = 250  # the held-out loss
-    eval_tokens: int = 1_000_000  # at most so many held-out tokens
-    sample_interval: int = 500  # a generated text, in out_dir/samples
-    checkpoint_interval: int = 250  # a checkpoint; the end of a run, Ctrl-C and SIGTERM make one, too
-    keep_checkpoints: int = 2  # newest checkpoints that stay, beside the best one (0: all)
-    # --- the machine
-    device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
-    dtype: str = "auto"  # auto, float32, bfloat16, float16: of the products; weights and optimizer stay float32
-    compile: bool = True  # torch.compile, where it works
-    deterministic: bool = True  # the same bits in every run; on a GPU this costs some speed
-    # --- the model's sizes (the default is SmolLM2-135M)
-    vocab_size: int = 49152  # rows of the embedding
-    hidden_size: int = 576  # width of the residual stream
-    intermediate_size: int = 1536  # width of the MLP
-    num_hidden_layers: int = 30  # decoder layers
-    num_attention_heads: int = 9  # query heads
-    num_key_value_heads: int = 3  # key and value heads, each shared by several query heads
-    max_position_embeddings: int = 8192  # longest context
-    rope_theta: float = 100_000.0  # base of the rotary angles
-    rms_norm_eps: float = 1e-5  # added to the mean square
-    initializer_range: float = 576**-0.5  # std of the first weights: 1/24 as published, first loss 11.3 (0.02: 10.95)
-
-
-CHOICES = {"dtype": ("auto", "float32", "bfloat16", "float16"), "optimizer": ("adamw", "muon"),
-           "lr_schedule": ("cosine", "wsd")}
-FREE_ON_RESUME = {"out_dir", "max_steps", "log_interval", "eval_interval", "eval_tokens", "sample_interval",
-                  "checkpoint_interval", "keep_checkpoints", "device", "dtype", "compile", "deterministic"}
-FIXED_ON_RESUME = [*(f.name for f in fields(SmolLM2Config) if f.name != "initializer_range"), "optimizer"]
-MODEL_KEYS = [f.name for f in fields(SmolLM2Config)]
-MAY_BE_ZERO = {"seed", "micro_batch_size", "min_lr", "warmup_steps", "lr_decay_steps", "weight_decay", "beta1", "beta2",
-               "grad_clip", "log_interval", "eval_interval", "sample_interval", "checkpoint_interval", "keep_checkpoints"}
-
-
-def usage_error(message):
-    """Ends the program: what the user typed is wrong. (sys.exit(text), with code 1, is for all other failures.)"""
-    print("train.py:", *message.split(), file=sys.stderr)  # in one line, whatever was typed
-    raise SystemExit(2)
-
-
-def unknown_key(key):
-    near = difflib.get_close_matches(key, [f.name for f in fields(TrainConfig)], 1, 0.5)
-    return f"unknown key {key}" + (f": did you mean {near[0]}?" if near else "; --help lists the keys")
-
-
-def typed(key, value):
-    """value (from a recipe, or text from the command line) in the type of the key. Raises ValueError."""
-    kind = next(f.type for f in fields(TrainConfig) if f.name == key)
-    try:
-        if kind is bool:
-            result = {"true": True, "false": False, "1": True, "0": False}[str(value).lower()]
-        elif isinstance(value, str) or kind is type(value) or (kind, type(value)) == (float, int):
-            result = kind(value)
-        else:
-            raise ValueError
-        if kind is float and not math.isfinite(result):
-            raise ValueError
-        if kind is str and ("\0" in result or result.splitlines() not in ([], [result])):  # errors name it in one line
-            raise ValueError
-    except (ValueError, KeyError, OverflowError):
-        raise ValueError(f"{key} = {value!r}: expected {kind.__name__}{' in one line' * (kind is str)}") from None
-    return result
-
-
-def read_recipe(path):
-    """The plain assignments of a recipe as a dict. Ends the program for anything else that is in it."""
-    try:
-        tree = ast.parse(Path(path).read_text(encoding="utf-8"))
-    except OSError as e:
-        usage_error(f"cannot read the recipe {path}: {e.strerror}")
-    except (SyntaxError, ValueError, RecursionError, MemoryError) as e:
-        usage_error(f"the recipe {path} is not Python: {e}")
-    values = {}
-    for node in tree.body:
-        try:
-            if isinstance(node, ast.Expr) and isinstance(node.value.value, str):  # a docstring
-                continue
-            (target,) = node.targets
-            key = target.id
-            value = ast.literal_eval(node.value)
-        except (AttributeError, ValueError, TypeError, SyntaxError, RecursionError, MemoryError):
-            usage_error(f"{path}, line {node.lineno}: a recipe holds plain assignments only, like batch_size = 4")
-        if key not in {f.name for f in fields(TrainConfig)}:
-            usage_error(f"{path}, line {node.lineno}: {unknown_key(key)}")
-        try:
-            values[key] = typed(key, value)
-        except ValueError as e:
-            usage_error(f"{path}, line {node.lineno}: {e}")
-    return values
-
-
-def parse_args(argv):
-    """Returns (overrides, args): the keys set by the recipe and, over it, the command line; and the other flags."""
-    parser = argparse.ArgumentParser(prog="train.py", allow_abbrev=False, description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error = usage_error
-    parser.add_argument("recipe", nargs="?", help="a file of plain assignments, such as config/smollm2.py")
-    parser.add_argument("--resume", nargs="?", const="", metavar="PATH", help="go on from a checkpoint: the newest in "
-                        "out_dir, or in the folder PATH, or the file PATH; 'auto': where there is one, else start")
-    parser.add_argument("--overwrite", action="store_true", help="start anew in an out_dir that holds a run: delete it")
-    # A key's help is the comment behind it in TrainConfig, and its group the comment above.
-    for line in inspect.getsource(TrainConfig).splitlines():
-        if group_line := re.match(r" +# --- (.*)", line):
-            group = parser.add_argument_group(group_line[1])
-        elif key_line := re.match(r" +(\w+): (\w+) = (.*?)  # (.*)", line):
-            key, kind, default, text = key_line.groups()
-            group.add_argument(f"--{key}", metavar=kind.upper(), default=argparse.SUPPRESS,
-                               help=f"{text} [{default}]".replace("%", "%%"))
-    args, rest = parser.parse_known_args(argv)
-    for word in rest:
-        usage_error(unknown_key(word.lstrip("-").split("=")[0]) if word.startswith("-") else
-                    f"{word!r} is one argument too many: one recipe, then --key=value")
-    if args.resume and args.resume.endswith(".py"):
-        usage_error(f"--resume {args.resume}: that is a recipe, not a checkpoint; write train.py {args.resume} --resume")
-    if args.overwrite and args.resume is not None:
-        usage_error("--overwrite starts anew and --resume goes on: choose one")
-    overrides = read_recipe(args.recipe) if args.recipe else {}
-    for key, text in vars(args).items():
-        if key not in ("recipe", "resume", "overwrite"):
-            try:
-                overrides[key] = typed(key, text)
-            except ValueError as e:
-                usage_error(f"--{e}")
-    return overrides, args
-
-
-def check(config, world_size):
-    """Ends the program with all that is wrong with the config's values, at once."""
-    wrong = []
-    for f in fields(config):
-        value = getattr(config, f.name)
-        if f.name in CHOICES and value not in CHOICES[f.name]:
-            wrong.append(f"{f.name} = {value!r}: one of {', '.join(CHOICES[f.name])}")
-        elif f.type in (int, float) and (value < 0 or value == 0 and f.name not in MAY_BE_ZERO):
-            wrong.append(f"{f.name} = {value}: must be {'0 or more' if f.name in MAY_BE_ZERO else 'more than 0'}")
-        elif f.type is int and value >= 2**48:
-            wrong.append(f"{f.name} = {value}: too large")
-    if not wrong:
-        wrong += [f"{key} = {getattr(config, key)}: must be less than 1" for key in ("beta1", "beta2")
-                  if getattr(config, key) >= 1]
-        for a, b in [("hidden_size", "num_attention_heads"), ("num_attention_heads", "num_key_value_heads")]:
-            if getattr(config, a) % getattr(config, b):
-                wrong.append(f"{a} = {getattr(config, a)}: not a multiple of {b} = {getattr(config, b)}")
-        if config.hidden_size // config.num_attention_heads % 2:
-            wrong.append("hidden_size / num_attention_heads: must be even, for the rotary pairs")
-        if config.block_size > config.max_position_embeddings:
-            wrong.append(f"block_size = {config.block_size}: more than max_position_embeddings = "
-                         f"{config.max_position_embeddings}")
-        if config.batch_size % world_size:
-            wrong.append(f"batch_size = {config.batch_size}: not a multiple of the {world_size} processes")
-        elif config.micro_batch_size and config.batch_size // world_size % config.micro_batch_size:
-            wrong.append(f"micro_batch_size = {config.micro_batch_size}: does not divide the "
-                         f"{config.batch_size // world_size} sequences of a process")
-        c, tokens = config, (config.micro_batch_size or config.batch_size // world_size) * config.block_size
-        layer = 3 * c.hidden_size * c.intermediate_size + 4 * c.hidden_size**2
-        if 16 * (c.vocab_size * c.hidden_size + c.num_hidden_layers * layer) + 4 * tokens * c.hidden_size > 2**43:
-            wrong.append("the model or the micro-batch needs more than 8 TiB: lower the sizes")
-    if wrong:
-        usage_error("; ".join(wrong))
-
-
-# ------------------------------------------------------------------------------------------------------ the machine
+import prepare
+from model import (SmolLM2, SmolLM2Config, compiler_problem, from_pretrained, generate,
+                   keep_freed_memory, key, pick_device)
 
 
 @dataclass
-class Machine:
-    device: torch.device
-    dtype: torch.dtype
-    compile: bool
-    reason: str  # why these
-    rank: int = 0
-    world_size: int = 1
+class TrainConfig(SmolLM2Config):
+    """Every key of a recipe and of the command line; the model's sizes are inherited.
 
-    @property
-    def autocast(self):
-        return torch.autocast(self.device.type, self.dtype) if self.dtype != torch.float32 else nullcontext()
-
-    def fingerprint(self, config):
-        """What the bits of a run depend on, beside its config."""
-        name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else \
-            torch.backends.cpu.get_cpu_capability()
-        return {"torch": str(torch.__version__), "device": f"{self.device.type} ({name})", "dtype": str(self.dtype)[6:],
-                "compile": self.compile, "threads": torch.get_num_threads(), "processes": self.world_size,
-                "deterministic": config.deterministic}
-
-
-def native_bf16():
-    """True where this processor multiplies bf16 itself; elsewhere it is emulated, slower than fp32."""
-    get = getattr(torch.cpu, "get_capabilities", dict)
-    caps = get() or {"avx512_bf16": torch.cpu._is_avx512_bf16_supported()}
-    return any(caps.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16", "arm_bf16"))
-
-
-def compiler_problem(device):
-    """Compiles and runs one small function; returns why that does not work, or None."""
-    try:
-        torch.compile(lambda x: x + 1)(torch.zeros(8, device=device))
-    except Exception as e:  # whatever it is, training goes on without the compiler
-        return re.sub(r"\s+", " ", str(e)).strip()[:90] or type(e).__name__
-    finally:
-        torch._dynamo.reset()
-
-
-def fresh_store(rank):
-    """A TCPStore of this attempt's own: torchrun's outlives a restart, and with it the addresses of the dead.
-
-    Source: https://github.com/pytorch/pytorch/issues/135712"""
-    addr, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    torchruns = dist.TCPStore(addr, port)
-    if rank == 0:
-        store = dist.TCPStore(addr, 0, is_master=True, wait_for_workers=False)
-        torchruns.set("port", str(store.port))
-        return store
-    while True:
-        try:
-            return dist.TCPStore(addr, int(torchruns.get("port")), timeout=timedelta(seconds=2))
-        except dist.DistError:  # the port of an attempt before: process 0 has not set its own yet
-            time.sleep(0.1)
+    zero: the value may be 0 or empty. free: it may change on resume, and the run is the same."""
+    # the run
+    out_dir: str = key("out", "where checkpoints, metrics and samples are written", free=True)
+    data_dir: str = key("data/shakespeare", "made by prepare.py or tools.corpus", free=True)
+    init_from: str = key("", "start from these weights: a folder or a hub name", zero=True)
+    seed: int = key(1337, "of the first weights, the order of the data, the samples", zero=True)
+    max_steps: int = key(5000, "optimizer steps of the whole run", free=True)
+    # the batch
+    batch_size: int = key(4, "sequences in one optimizer step, over all processes")
+    micro_batch_size: int = key(0, "sequences one process runs at once (0: all)", zero=True)
+    block_size: int = key(256, "tokens in a sequence")
+    # the optimizer
+    optimizer: str = key("adamw", "adamw; muon: Muon for the layers' matrices, AdamW for the rest",
+                         choices=("adamw", "muon"))
+    learning_rate: float = key(3e-4, "of AdamW, after the warm-up")
+    muon_learning_rate: float = key(0.02, "of Muon, after the warm-up; it follows the same curve")
+    lr_schedule: str = key("cosine", "cosine; wsd: constant, then linear decay in the last fifth",
+                           choices=("cosine", "wsd"))
+    min_lr: float = key(3e-5, "at the end of the decay, and after it", zero=True)
+    warmup_steps: int = key(100, "steps of linear warm-up", zero=True)
+    lr_decay_steps: int = key(0, "step at which the decay ends (0: max_steps)", zero=True)
+    weight_decay: float = key(0.1, "on matrices, not on norms", zero=True)
+    beta1: float = key(0.9, "decay of the gradient's running mean", zero=True)
+    beta2: float = key(0.95, "decay of its square's running mean", zero=True)
+    grad_clip: float = key(1.0, "largest norm of the gradient (0: no clipping)", zero=True)
+    # intervals, in steps (0: never)
+    log_interval: int = key(10, "a line where no progress bar is shown", zero=True, free=True)
+    eval_interval: int = key(250, "the held-out loss", zero=True, free=True)
+    eval_tokens: int = key(1_000_000, "held-out tokens it reads at most", free=True)
+    sample_interval: int = key(500, "a text in out_dir/samples", zero=True, free=True)
+    checkpoint_interval: int = key(250, "a checkpoint; every end makes one", zero=True, free=True)
+    keep_checkpoints: int = key(2, "newest that stay beside the best (0: all)", zero=True, free=True)
+    # the machine: what these change is told by Machine.fingerprint
+    device: str = key("auto", "auto, cpu, cuda, cuda:1, mps", free=True)
+    dtype: str = key("auto", "of the products; weights and optimizer stay float32", free=True,
+                     choices=("auto", "float32", "bfloat16", "float16"))
+    compile: bool = key(True, "torch.compile, where it works", free=True)
+    deterministic: bool = key(True, "the same bits in every run; costs speed on a GPU", free=True)
 
 
-def set_up_machine(config):
-    """Chooses device, dtype and compilation, joins the other processes, and makes the arithmetic repeatable."""
-    rank, local_rank, world_size = (int(os.environ.get(key, default)) for key, default in
-                                    [("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)])
-    has_cuda, has_mps = torch.cuda.is_available(), torch.backends.mps.is_available()
-    name = config.device if config.device != "auto" else "cuda" if has_cuda else "mps" if has_mps else "cpu"
-    try:
-        device = torch.device(f"cuda:{local_rank}" if name == "cuda" else name)
-        torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError) as e:
-        usage_error(f"device = {name!r} is not to be had here: {(str(e) or repr(e)).splitlines()[0]}")
-    if device.type == "cuda":
-        major, minor = torch.cuda.get_device_capability(device)
-        best, why = ("bfloat16", "") if major >= 8 else ("float16", f"compute capability {major}.{minor} emulates bf16")
-        torch.cuda.set_device(device)
-    elif device.type == "cpu" and native_bf16():
-        best, why = "bfloat16", "the processor has it"
-    else:
-        best, why = "float32", "no native bf16"
-    dtype = best if config.dtype == "auto" else config.dtype
-    reason = "as asked" if config.dtype != "auto" else why
-    if world_size > 1:
-        store = fresh_store(rank) if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" else None
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=store, rank=rank, world_size=world_size)
-    if config.deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True)
-        torch.utils.deterministic.fill_uninitialized_memory = False  # nothing here reads memory it did not write
-    if device.type == "cpu":
-        keep_memory()
-    problem = compiler_problem(device) if config.compile else "as asked"
-    compiled = "compiled" if problem is None else f"not compiled ({problem})"
-    return Machine(device, getattr(torch, dtype), problem is None, f"{dtype} ({reason}), {compiled}" if reason else
-                   f"{dtype}, {compiled}", rank, world_size)
+KEYS = {f.name: f for f in fields(TrainConfig)}
+SIZES = [f.name for f in fields(SmolLM2Config) if f.name != "initializer_range"]
 
-
-def keep_memory():
-    """Lets glibc keep freed memory: by default each step gives hundreds of MB back and pays the page faults again."""
-    try:
-        libc = ctypes.CDLL(None)
-        libc.mallopt(-4, 0)  # M_MMAP_MAX
-        libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD
-    except (AttributeError, OSError, TypeError):  # another C library
-        pass
-
-
-# ------------------------------------------------------------------------------------------------------------- data
-
-
-@dataclass
-class Data:
-    train: np.ndarray  # uint16 ids, on disk
-    val: np.ndarray
-    meta: dict
-    folder: Path
-
-    def fingerprint(self):
-        return f"{self.meta['train_sha256'][:12]}+{self.meta['val_sha256'][:12]}"
-
-
-def sha256(path):
-    with open(path, "rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()
-
-
-def load_data(config, is_first):
-    """Opens data_dir, preparing it where it is the default and missing. Ends the program unless all is as prepared."""
-    import prepare
-
-    folder = Path(config.data_dir)
-    if is_first and folder == Path(prepare.DEFAULT_OUT_DIR) and not (folder / "meta.json").exists():
-        print(f"{folder} is missing: preparing it", flush=True)
-        prepare.main([])
-    if dist.is_initialized():
-        dist.barrier()
-    if not (folder / "meta.json").exists():
-        usage_error(f"data_dir = {config.data_dir!r} holds no prepared data: python prepare.py --input FILE "
-                    f"--out_dir {config.data_dir}")
-    try:
-        meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
-        rest = json.dumps({k: v for k, v in meta.items() if k != "sha256"}, sort_keys=True)
-        wrong = [] if hashlib.sha256(rest.encode()).hexdigest() == meta["sha256"] else ["meta.json was changed"]
-        wrong += [f"{key} in meta.json is no number" for key in ("vocab_size", "train_tokens", "val_tokens", "val_bytes")
-                  if type(meta[key]) is not int]
-        for name in ("train", "val") if not wrong else ():
-            path, ids = folder / f"{name}.bin", meta[f"{name}_tokens"]
-            if path.stat().st_size != 2 * ids:
-                wrong.append(f"{name}.bin has {path.stat().st_size:,} bytes, meta.json says {2 * ids:,}")
-            elif sha256(path) != meta[f"{name}_sha256"]:
-                wrong.append(f"{name}.bin is not the file that meta.json describes (sha256)")
-        if wrong:
-            raise ValueError("; ".join(wrong))
-        train, val = (np.memmap(folder / f"{name}.bin", dtype="<u2", mode="r") for name in ("train", "val"))
-        largest = max(int(ids[i:i + 2**24].max()) for ids in (train, val) for i in range(0, len(ids), 2**24))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
-        sys.exit(f"train.py: {folder} is damaged: {e}; make it again with prepare.py")
-    if max(largest + 1, meta["vocab_size"]) > config.vocab_size:
-        sys.exit(f"train.py: {folder} has ids up to {max(largest, meta['vocab_size'] - 1)}, but vocab_size = "
-                 f"{config.vocab_size}: raise it, or prepare with another tokenizer")
-    if len(train) <= config.block_size or len(val) < 2:
-        sys.exit(f"train.py: {folder} has {len(train)} training tokens, but block_size = {config.block_size} needs "
-                 f"{config.block_size + 1}: lower it, or prepare more text")
-    return Data(train, val, meta, folder)
+# ---------------------------------------------------------------------------- the order of the data
 
 
 def blocks_per_epoch(n, T):
@@ -395,94 +94,434 @@ def blocks_per_epoch(n, T):
 
 @lru_cache(maxsize=2)
 def epoch_order(seed, epoch, n, T):
-    """The starts of an epoch's blocks of T tokens, out of n: every block once, shuffled, the cuts moved each epoch."""
-    rng, blocks = np.random.default_rng((seed, epoch)), blocks_per_epoch(n, T)
+    """The starts of an epoch's blocks of T tokens, out of n: every block once, shuffled.
+
+    An offset moves the cuts from epoch to epoch, so that the tail is read, too."""
+    rng = np.random.default_rng((seed, epoch))
+    blocks = blocks_per_epoch(n, T)
     return rng.integers(n - blocks * T) + T * rng.permutation(blocks)
 
 
-def get_batch(data, config, machine, step):
-    """This process's part of the batch of a step (from 0): x, y (share, block_size), a function of seed and step."""
-    n, T, share = len(data.train), config.block_size, config.batch_size // machine.world_size
-    first = step * config.batch_size + machine.rank * share
-    places = (divmod(i, blocks_per_epoch(n, T)) for i in range(first, first + share))
-    starts = [epoch_order(config.seed, epoch, n, T)[i] for epoch, i in places]
-    rows = torch.from_numpy(np.stack([data.train[s:s + T + 1] for s in starts]).astype(np.int64))
+def get_batch(data, config, machine, run):
+    """This process's part of the next batch: x, and y, the ids that follow, each (share, T).
+
+    A function of the seed and of the sequences seen before, so that nothing can shift it."""
+    n, T = len(data.train), config.block_size
+    share = config.batch_size // machine.world_size
+    first = run.sequence + machine.rank * share
+    rows = []
+    for i in range(first, first + share):
+        epochs, block = divmod(i, blocks_per_epoch(n, T))  # a batch may reach into the next epoch
+        start = epoch_order(config.seed, run.epoch + epochs, n, T)[block]
+        rows.append(data.train[start:start + T + 1])
+    rows = torch.from_numpy(np.stack(rows).astype(np.int64))  # (share, T + 1)
     if machine.device.type == "cuda":
         rows = rows.pin_memory()
     rows = rows.to(machine.device, non_blocking=True)
     return rows[:, :-1], rows[:, 1:]
 
 
-# ------------------------------------------------------------------------------------------------------ checkpoints
-# A checkpoint is a file of torch.save, then DIGEST_MARK and the sha256 of all before it: torch.load reads over them.
-
-DIGEST_MARK = b"sha256:"
-CHECKPOINT_TYPES = {"step": int, "model": dict, "optimizer": dict, "scaler": dict, "rng": list, "config": dict,
-                    "machine": dict, "data": str, "seconds": float, "best": (dict, type(None))}
+# ------------------------------------------------------------------- optimizer, step, held-out loss
 
 
-class HashingFile:
-    """A file for torch.save that hashes what passes, and remembers an error that torch would hide behind its own."""
+def make_optimizers(model, config):
+    """The optimizers by their keys in a checkpoint; "peak_lr" of a group is its rate at the top.
 
-    def __init__(self, file):
-        self.file, self.hash, self.error = file, hashlib.sha256(), None
+    Muon: Jordan 2024 (kellerjordan.github.io/posts/muon), torch's own."""
+    hidden = []
+    if config.optimizer == "muon":
+        hidden = [p for p in model.model.layers.parameters() if p.dim() == 2]
+    in_muon = {id(p) for p in hidden}
+    others = [p for p in model.parameters() if id(p) not in in_muon]
+    groups = [{"params": [p for p in others if p.dim() == 2], "weight_decay": config.weight_decay},
+              {"params": [p for p in others if p.dim() < 2], "weight_decay": 0.0}]
+    betas = (config.beta1, config.beta2)
+    optimizers = {"optimizer": torch.optim.AdamW(groups, config.learning_rate, betas, fused=True)}
+    if hidden:
+        optimizers["muon"] = torch.optim.Muon(hidden, config.muon_learning_rate,
+                                              weight_decay=config.weight_decay)
+    for optimizer in optimizers.values():
+        for group in optimizer.param_groups:
+            group["peak_lr"] = group["lr"]
+    return optimizers
 
-    def write(self, part):
-        try:
-            self.hash.update(part)
-            return self.file.write(part)
-        except OSError as e:
-            self.error = e
-            raise
+
+def lr_factor(config, step):
+    """The rate of the step after `step` done ones, as a part of the highest: in [0, 1].
+
+    Linear warm-up, decay to min_lr at lr_decay_steps, then min_lr."""
+    lowest = config.min_lr / config.learning_rate
+    end = config.lr_decay_steps
+    warmup = min(config.warmup_steps, end)
+    if step < warmup:
+        return (step + 1) / warmup
+    if step >= end:
+        return lowest
+    if config.lr_schedule == "wsd":
+        part = min(1, 5 * (1 - step / end))
+    else:
+        part = 0.5 * (1 + math.cos(math.pi * (step - warmup) / (end - warmup)))
+    return lowest + part * (1 - lowest)
+
+
+def set_rates(optimizers, factor):
+    for optimizer in optimizers.values():
+        for group in optimizer.param_groups:
+            group["lr"] = group["peak_lr"] * factor
+
+
+def train_step(net, run, batch, config, machine, stop):
+    """One optimizer step on this process's part of a batch.
+
+    Returns the mean loss over all processes, nats a token, and the gradient's norm before
+    clipping. Raises FloatingPointError before anything is changed if they are not finite."""
+    size = config.micro_batch_size or len(batch[0])
+    parts = list(zip(batch[0].split(size), batch[1].split(size)))
+    loss = torch.zeros((), device=machine.device)
+    for i, (x, y) in enumerate(parts):
+        waits = machine.world_size > 1 and i < len(parts) - 1  # gradients are averaged once a step
+        with net.no_sync() if waits else nullcontext():
+            with machine.autocast:
+                _, part = net(x, y)
+            run.scaler.scale(part / len(parts)).backward()
+        loss += part.detach() / len(parts)
+    for optimizer in run.optimizers.values():
+        run.scaler.unscale_(optimizer)
+    norm = torch.nn.utils.clip_grad_norm_(run.parameters, config.grad_clip or math.inf)
+    if machine.world_size > 1:
+        shared = torch.stack((loss / machine.world_size, torch.full_like(loss, stop.signum or 0)))
+        dist.all_reduce(shared)
+        loss = shared[0]
+        if shared[1] > 0:  # all stop after the same step, or the others would wait for this one
+            stop.signum = stop.signum or signal.SIGTERM
+            stop.asked = True
+    loss, norm = loss.item(), norm.item()
+    # In fp16 a gradient that overflows is no failure: the step is skipped, the scale lowered.
+    is_skipped = run.scaler.is_enabled() and not math.isfinite(norm)
+    if not math.isfinite(loss) or not (math.isfinite(norm) or is_skipped):
+        raise FloatingPointError(f"the loss is {loss} and the gradient norm {norm}")
+    for optimizer in run.optimizers.values():
+        if not is_skipped:
+            run.scaler.step(optimizer)
+        optimizer.zero_grad(set_to_none=True)
+    run.scaler.update()
+    return loss, norm
+
+
+@torch.no_grad()
+def evaluate(net, data, config, machine):
+    """The mean loss, nats a token, of the held-out ids, each once, in fixed windows of T."""
+    n, T = min(len(data.val) - 1, config.eval_tokens), config.block_size
+    B = config.micro_batch_size or config.batch_size // machine.world_size
+    starts = range(0, n, T)
+    total = torch.zeros((), dtype=torch.float64)
+    for i in range(machine.rank * B, len(starts), machine.world_size * B):
+        x = torch.zeros(B, T, dtype=torch.long)  # one shape for all:
+        y = torch.full((B, T), -100)  # what no id fills does not count
+        for row, start in enumerate(starts[i:i + B]):
+            ids = torch.from_numpy(data.val[start:min(start + T, n) + 1].astype(np.int64))
+            x[row, :len(ids) - 1] = ids[:-1]
+            y[row, :len(ids) - 1] = ids[1:]
+        with machine.autocast:
+            _, loss = net(x.to(machine.device), y.to(machine.device))
+        total += loss.item() * (y >= 0).sum()
+    if machine.world_size > 1:
+        total = total.to(machine.device, torch.float32)
+        dist.all_reduce(total)
+    return total.item() / n
+
+
+def write_sample(run, data, config, machine):
+    """Continues the first held-out tokens; writes the text to out_dir/samples and returns it."""
+    try:
+        tokenizer = prepare.load_tokenizer(Path(config.out_dir, "tokenizer"))
+    except ValueError as e:  # no reason to lose a run
+        return f"none: {e}"
+    generator = torch.Generator(machine.device)  # its own: training draws from the others
+    generator.manual_seed(config.seed + run.step)
+    prompt = torch.from_numpy(data.val[:16].astype(np.int64))[None].to(machine.device)  # (1, 16)
+    length = min(100, config.max_position_embeddings - prompt.size(1))
+    with machine.autocast:
+        new = generate(run.model, prompt, length, temperature=0.8, top_k=50, generator=generator)
+        text = tokenizer.decode(prompt[0].tolist() + [ids.item() for ids in new])
+    path = Path(config.out_dir, "samples", f"step_{run.step:06d}.txt")
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(text, encoding="utf-8")
+    return text
+
+
+# ----------------------------------------------------------------------------------------- the loop
+
+
+def is_due(step, interval):
+    return interval > 0 and step % interval == 0
+
+
+def train(run, net, data, config, machine, log, stop):
+    """From run.step to max_steps, or to the end of the step in which a stop is asked for."""
+    while run.step < config.max_steps and not stop.asked:
+        began = time.perf_counter()
+        factor = lr_factor(config, run.step)
+        set_rates(run.optimizers, factor)
+        batch = get_batch(data, config, machine, run)
+        loss, norm = train_step(net, run, batch, config, machine, stop)
+        run.advance(data)
+        run.seconds += time.perf_counter() - began
+        row = {"step": run.step, "loss": loss, "lr": factor * config.learning_rate,
+               "grad_norm": norm if math.isfinite(norm) else None,
+               "tokens": run.tokens, "seconds": run.seconds}
+
+        is_best = False
+        if is_due(run.step, config.eval_interval):
+            row["val_loss"] = evaluate(net, data, config, machine)
+            is_best = run.best is None or row["val_loss"] < run.best["val_loss"]
+            if is_best:
+                run.best = {"step": run.step, "val_loss": row["val_loss"]}
+        if machine.rank == 0:
+            log.step(row, run)
+            if is_due(run.step, config.sample_interval):
+                log.sample(write_sample(run, data, config, machine), run)
+
+        # A best step is saved between two checkpoints, too, unless there are to be none.
+        if is_due(run.step, config.checkpoint_interval) or is_best and config.checkpoint_interval:
+            save(run, data, config, machine, log)
+    log.bar.close()
+    if run.saved_step != run.step:
+        save(run, data, config, machine, log)
+
+
+class Run:
+    """All that a checkpoint holds and the next step depends on."""
+
+    COUNTERS = ("step", "epoch", "sequence", "tokens", "seconds", "best")
+
+    def __init__(self, config, model, machine):
+        self.config = config
+        self.model = model.to(machine.device)
+        self.parameters = list(model.parameters())
+        self.optimizers = make_optimizers(model, config)
+        is_fp16 = machine.dtype == torch.float16
+        self.scaler = torch.amp.GradScaler(machine.device.type, enabled=is_fp16)
+        self.step = 0  # optimizer steps done
+        self.epoch = self.sequence = 0  # the place in the data: sequences read of this epoch
+        self.tokens = 0  # trained on so far
+        self.seconds = 0.0  # spent in steps
+        self.best = None  # {"step", "val_loss"} of the lowest held-out loss
+        self.saved_step = None  # the step that is on the disk
+        random.seed(config.seed + machine.rank)
+        np.random.seed((config.seed + machine.rank) % 2**32)
+        torch.manual_seed(config.seed + machine.rank)
+
+    def advance(self, data):
+        """Counts a step: the next batch begins where this one ended, whatever its size."""
+        size, T = self.config.batch_size, self.config.block_size
+        epochs, self.sequence = divmod(self.sequence + size, blocks_per_epoch(len(data.train), T))
+        self.epoch += epochs
+        self.tokens += size * T
+        self.step += 1
+
+    def state(self):
+        counters = {name: getattr(self, name) for name in self.COUNTERS}
+        optimizers = {name: optimizer.state_dict() for name, optimizer in self.optimizers.items()}
+        return {**counters, "model": self.model.state_dict(), **optimizers,
+                "scaler": self.scaler.state_dict(), "config": asdict(self.config)}
+
+    def load(self, state, data, machine):
+        """Takes over a checkpoint's dict, but for what the config says of rates and decays."""
+        for name in self.COUNTERS:
+            setattr(self, name, state[name])
+        self.saved_step = self.step
+        for name, optimizer in self.optimizers.items():
+            groups = optimizer.state_dict()["param_groups"]
+            optimizer.load_state_dict({**state[name], "param_groups": groups})
+        self.scaler.load_state_dict(state["scaler"])
+        if len(state["rng"]) == machine.world_size:
+            set_rng_state(state["rng"][machine.rank])
+        is_other_text = state["data"]["train"] != data.fingerprint()["train"]
+        if is_other_text or state["config"]["block_size"] != self.config.block_size:
+            self.epoch += self.sequence > 0  # a place among other blocks: an epoch begins anew
+            self.sequence = 0
+
+
+# ------------------------------------------------------------------------------------- log and stop
+
+
+def show(text):
+    """Prints above the progress bar; of several processes only the first one does."""
+    if os.environ.get("RANK", "0") == "0":
+        tqdm.write(text)
+
+
+class Log:
+    """What is shown and kept of each step: a bar or lines, metrics.jsonl, TensorBoard's events.
+
+    metrics.jsonl has one JSON object a step, written whole and at once."""
+
+    TAGS = {"loss": "loss/training", "val_loss": "loss/held-out", "lr": "optimizer/lr",
+            "grad_norm": "optimizer/grad_norm", "tokens_per_sec": "speed/tokens_per_sec"}
+
+    def __init__(self, config, run, data):
+        self.config, self.meta, self.events = config, data.meta, None
+        self.shown = (run.step, run.tokens, run.seconds)  # at the last line
+        self.seen = self.shown  # at the last step
+        self.bar = tqdm(total=config.max_steps, initial=run.step, disable=not sys.stderr.isatty(),
+                        dynamic_ncols=True, bar_format="{percentage:3.0f}%|{bar}| "
+                        "{n_fmt}/{total_fmt}, {remaining} left{postfix}")
+        out = Path(config.out_dir).resolve()
+        self.metrics = open_metrics(out / "metrics.jsonl", run.step)
+        with suppress(ImportError):
+            from torch.utils.tensorboard import SummaryWriter
+            self.events = SummaryWriter(out / "tensorboard" / out.name, purge_step=run.step + 1)
+            self.events.add_custom_scalars({"loss": {"both": ["Multiline", ["loss/.*"]]}})
+            recipe = [f"    {name} = {value!r}" for name, value in asdict(config).items()]
+            self.events.add_text("recipe", "\n".join(recipe), run.step)
+
+    def step(self, row, run):
+        row["tokens_per_sec"] = (run.tokens - self.seen[1]) / (run.seconds - self.seen[2])
+        self.seen = (run.step, run.tokens, run.seconds)
+        self.metrics.write(json.dumps(row).encode() + b"\n")
+        for name in self.TAGS.keys() & row.keys():
+            if self.events and row[name] is not None:
+                self.events.add_scalar(self.TAGS[name], row[name], run.step)
+        if "val_loss" in row:
+            self.held_out(row["val_loss"], run)
+        seconds = run.seconds - self.shown[2]
+        speed = f"{(run.tokens - self.shown[1]) / seconds:,.0f} tok/s"
+        loss = f"loss {row['loss']:.4f}"
+        details = f"lr {row['lr']:.2e} | norm {row['grad_norm'] or math.inf:.2f}"
+        is_wide = shutil.get_terminal_size().columns >= 120
+        self.bar.set_postfix_str(f"{loss} | {details} | {speed}" if is_wide else f"{loss}, {speed}")
+        self.bar.update()
+        if is_due(run.step, self.config.log_interval) or run.step == self.bar.initial + 1:
+            left = (self.config.max_steps - run.step) * seconds / (run.step - self.shown[0])
+            times = f"{clock(run.seconds)} trained, {clock(left)} left"
+            if self.bar.disable:
+                show(f"step {run.step}/{self.config.max_steps} | {loss} | {details} | {speed} | {times}")
+            self.shown = self.seen
+
+    def held_out(self, loss, run):
+        bits = loss / math.log(2) * self.meta["val_tokens"] / max(1, self.meta["val_bytes"])
+        stand_in = self.meta.get("stand_in")
+        note = f" (on STAND-IN data: {stand_in})" if stand_in else ""
+        show(f"step {run.step}: held-out loss {loss:.4f}, perplexity {math.exp(min(loss, 99)):.2f}, "
+             f"{bits:.4f} bits per byte; best {run.best['val_loss']:.4f} "
+             f"at step {run.best['step']}{note}")
+
+    def sample(self, text, run):
+        show(f"--- sample at step {run.step}\n{text}\n---")
+        if self.events:
+            self.events.add_text("sample", f"```\n{text}\n```", run.step)
 
     def flush(self):
-        self.file.flush()
+        """To the disk, before a checkpoint says that these steps are done."""
+        os.fsync(self.metrics.fileno())
+        if self.events:
+            self.events.flush()
+
+
+def clock(seconds):
+    return tqdm.format_interval(round(seconds))
+
+
+def open_metrics(path, step):
+    """Opens metrics.jsonl for a run at `step`: cuts off what lies beyond, or was torn by a kill."""
+    file = open(path, "a+b", buffering=0)
+    file.seek(0)
+    lines = file.read().splitlines(keepends=True)[:step]
+    file.truncate(sum(len(line) for line in lines if line.endswith(b"\n")))
+    return file
+
+
+class Stop:
+    """The first SIGINT, SIGTERM or SIGHUP asks for a stop after the step; then Ctrl-C leaves at once.
+
+    asked: this process, or (agreed on in a step) all of several, will stop. Before training()
+    there is nothing to save, and one process leaves at once; several by the system's own handler,
+    since Python's would wait for the end of a connection."""
+
+    def __init__(self, alone):
+        self.alone, self.asked, self.signum, self.is_training = alone, False, None, False
+        self.signals = [signal.SIGINT, signal.SIGTERM]
+        if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+            self.signals.append(signal.SIGHUP)  # (nohup has it ignored)
+        for signum in self.signals:
+            signal.signal(signum, self.handle if alone else signal.SIG_DFL)
+
+    def training(self):
+        self.is_training = True
+        for signum in self.signals:
+            signal.signal(signum, self.handle)
+
+    def handle(self, signum, frame):
+        is_second = self.signum is not None
+        text = b"stopped before the first step"
+        if self.is_training:
+            text = b"finishing the step, then saving (Ctrl-C again leaves at once)"
+        with suppress(OSError):  # whoever read it may be gone
+            os.write(2, b"" if is_second else b"\ntrain.py: " + text + b"\n")
+        if not self.is_training or is_second and signum == signal.SIGINT and self.alone:
+            os._exit(128 + signum)  # (torchrun repeats a Ctrl-C by itself)
+        self.signum = self.signum or signum
+        self.asked = self.asked or self.alone
+
+
+# -------------------------------------------------------------------------------------- checkpoints
+# A checkpoint is a file of torch.save, then DIGEST_MARK and the sha256 of all before it, which
+# torch.load reads over: by itself it would notice few flipped bytes.
+
+DIGEST_MARK = b"sha256:"
+TAIL = len(DIGEST_MARK) + 32
 
 
 def write_checkpoint(path, state):
-    """Writes under a temporary name, flushes to disk, renames: at any instant the file is whole or not there."""
-    tmp = path.with_suffix(".tmp")
-    with open(tmp, "wb") as f:
-        hashing = HashingFile(f)
+    """Writes under a temporary name, flushes to disk, renames: the file is whole or not there."""
+    temporary = path.with_suffix(".tmp")
+    with open(temporary, "w+b") as f:
         try:
-            torch.save(state, hashing)
-        except RuntimeError:
-            raise hashing.error or OSError(f"cannot write {tmp}") from None
-        f.write(DIGEST_MARK + hashing.hash.digest())
+            torch.save(state, f)
+        except RuntimeError as e:  # torch hides why it cannot write behind an error of its own
+            raise e.__context__ or e
+        f.seek(0)
+        digest = hashlib.file_digest(f, "sha256").digest()
+        f.write(DIGEST_MARK + digest)
         f.flush()
         os.fsync(f.fileno())
-    os.replace(tmp, path)
+    os.replace(temporary, path)
     if os.name == "posix":  # the new name must reach the disk, too
-        fd = os.open(path.parent, os.O_RDONLY)
-        os.fsync(fd)
-        os.close(fd)
+        folder = os.open(path.parent, os.O_RDONLY)
+        os.fsync(folder)
+        os.close(folder)
 
 
 def read_checkpoint(path, **kwargs):
-    """The dict of a checkpoint, on the CPU. Raises ValueError where the file is damaged or is none.
+    """The dict of a checkpoint, on the CPU. Raises ValueError where it is damaged or is none.
 
     weights_only: a file from a stranger can hold tensors and plain values, and runs no code."""
-    tail = len(DIGEST_MARK) + 32
-    with open(path, "rb") as f:
-        left, digest = os.fstat(f.fileno()).st_size - tail, hashlib.sha256()
-        while left > 0 and (part := f.read(min(left, 2**22))):
-            digest.update(part)
-            left -= len(part)
-        if f.read() != DIGEST_MARK + digest.digest():
-            raise ValueError(f"{path} is damaged (its sha256 does not fit)")
+    is_whole = os.path.getsize(path) > TAIL
+    if is_whole:
+        raw = np.memmap(path, np.uint8, "r")
+        is_whole = raw[-TAIL:].tobytes() == DIGEST_MARK + hashlib.sha256(raw[:-TAIL]).digest()
+    if not is_whole:
+        raise ValueError(f"{path} is damaged (its sha256 does not fit)")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True, **kwargs)
-        if odd := [key for key, kind in CHECKPOINT_TYPES.items() if not isinstance(state.get(key), kind)]:
-            raise ValueError(f"it has no {odd[0]}")
+        for name, value in state["config"].items():
+            if not isinstance(value, KEYS[name].type):
+                raise TypeError(f"{name} = {value!r}")
         with torch.device("meta"):
-            model = SmolLM2(SmolLM2Config(**{key: typed(key, state["config"][key]) for key in MODEL_KEYS}))
-        shapes, wanted = ({k: v.shape for k, v in weights.items()} for weights in (state["model"], model.state_dict()))
-        if shapes != wanted or state["step"] < 0:
-            raise ValueError("its weights or its step do not fit its config")
-    except pickle.UnpicklingError:
-        raise ValueError(f"{path} is refused: it holds more than tensors and plain values, and could run code") from None
-    except Exception as e:
-        raise ValueError(f"{path} is not a checkpoint of train.py: {(str(e) or repr(e)).splitlines()[0]}") from None
+            model = SmolLM2(TrainConfig(**state["config"]))
+        model.load_state_dict(state["model"], assign=True)  # raises for other names or shapes
+        best = state["best"] or {"step": 0, "val_loss": 0.0}
+        counts = [state[name] for name in ("step", "epoch", "sequence", "tokens")]
+        is_plain = (all(isinstance(n, int) and n >= 0 for n in (*counts, best["step"]))
+                    and all(isinstance(x, float) for x in (state["seconds"], best["val_loss"]))
+                    and all(isinstance(state[name], dict) for name in ("machine", "data")))
+        if not is_plain:
+            raise ValueError("its counters, machine or data are of another type")
+    except Exception as e:  # a stranger's file can be wrong in any way
+        reason = (str(e) or repr(e)).splitlines()[0]
+        raise ValueError(f"{path} is refused: no checkpoint of this train.py, or one that could "
+                         f"run code: {reason}") from e
     return state
 
 
@@ -490,33 +529,39 @@ def step_of(path):
     return int(path.stem.removeprefix("step_"))
 
 
-def checkpoints(out_dir):
+def checkpoints(folder):
     """The checkpoint files of a folder, oldest first."""
-    found = [p for p in Path(out_dir).glob("step_*.pt") if p.stem.removeprefix("step_").isdigit()]
+    found = [path for path in Path(folder).glob("step_*.pt") if path.stem[5:].isdecimal()]
     return sorted(found, key=step_of)
 
 
-def load_checkpoint(source, log=print, **kwargs):
-    """(path, dict) of a checkpoint file, or of the newest whole one in a folder; (None, None) where there is none.
+def load_checkpoint(source, **kwargs):
+    """(path, dict) of a file, of the newest whole checkpoint in a folder, or of FOLDER/best.
 
-    Damaged files are named on the way. Raises ValueError where only damaged ones are left."""
+    Damaged files are named on the way. Raises FileNotFoundError where there is none, ValueError
+    where none is whole."""
     source = Path(source)
-    paths = checkpoints(source)[::-1] if source.is_dir() else [source] if source.exists() else []
+    if source.name == "best" and not source.exists():
+        source, state = source.parent, load_checkpoint(source.parent, mmap=True)[1]
+        if state["best"]:  # else nothing was evaluated, and the newest is as good as any
+            source = source / f"step_{state['best']['step']:06d}.pt"
+    paths = checkpoints(source)[::-1] if source.is_dir() else [source]
+    if not paths or not paths[0].exists():
+        raise FileNotFoundError(f"there is no checkpoint {source}")
     for path in paths:
         try:
             return path, read_checkpoint(path, **kwargs)
         except (ValueError, OSError) as e:
-            log(f"{e}{', trying the one before' if path != paths[-1] else ''}")
-    if paths:
-        raise ValueError(f"no whole checkpoint in {source}")
-    return None, None
+            show(f"{e}, trying the one before" if path != paths[-1] else str(e))
+    raise ValueError(f"no whole checkpoint in {source}")
 
 
 def rng_state():
     """The states of all random generators of this process, as tensors and plain values."""
-    numpy_state = np.random.get_state()
-    return {"python": random.getstate(), "numpy": (numpy_state[0], numpy_state[1].tolist(), *numpy_state[2:]),
-            "torch": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []}
+    name, keys, *rest = np.random.get_state()
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    return {"python": random.getstate(), "numpy": (name, keys.tolist(), *rest),
+            "torch": torch.get_rng_state(), "cuda": cuda}
 
 
 def set_rng_state(state):
@@ -527,501 +572,474 @@ def set_rng_state(state):
         torch.cuda.set_rng_state_all(state["cuda"])
 
 
-def lock(out_dir):
-    """Keeps a second process out of out_dir until this one ends, however it ends. Returns the open lock file."""
-    f = open(out_dir / ".lock", "a+")
-    try:
-        if os.name == "nt":
-            import msvcrt
-            msvcrt.locking(f.fileno(), msvcrt.LK_NBLCK, 1)
-        else:
-            import fcntl
-            fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        sys.exit(f"train.py: another process is training in {out_dir}: wait for it, or choose another --out_dir")
-    return f
-
-
-# ---------------------------------------------------------------------------------------------------- the procedure
-
-
-def learning_rate(config, step):
-    """Of the step after `step` done ones: linear warm-up, decay down to min_lr at lr_decay_steps, then min_lr."""
-    warmup = min(config.warmup_steps, config.lr_decay_steps)
-    if step < warmup:
-        return config.learning_rate * (step + 1) / warmup
-    if step >= config.lr_decay_steps:
-        return config.min_lr
-    if config.lr_schedule == "wsd":
-        part = min(1, 5 * (1 - step / config.lr_decay_steps))
-    else:
-        part = 0.5 * (1 + math.cos(math.pi * (step - warmup) / (config.lr_decay_steps - warmup)))
-    return config.min_lr + part * (config.learning_rate - config.min_lr)
-
-
-def make_optimizers(model, config):
-    """One or two optimizers, by their keys in a checkpoint. Their groups carry `peak`, the rate after the warm-up.
-
-    Muon: Jordan 2024 (kellerjordan.github.io/posts/muon), torch's own: the momentum of a matrix, made orthogonal."""
-    muon = config.optimizer == "muon"
-    hidden = [p for p in model.model.layers.parameters() if p.dim() == 2] if muon else []
-    others = [p for p in model.parameters() if all(p is not h for h in hidden)]
-    groups = [{"params": [p for p in others if p.dim() == 2], "weight_decay": config.weight_decay},
-              {"params": [p for p in others if p.dim() < 2], "weight_decay": 0.0}]
-    betas = (config.beta1, config.beta2)
-    optimizers = {"optimizer": torch.optim.AdamW(groups, config.learning_rate, betas, fused=True)}
-    if muon:
-        optimizers["muon"] = torch.optim.Muon(hidden, config.muon_learning_rate, weight_decay=config.weight_decay)
-    for group in all_groups(optimizers):
-        group["peak"] = group["lr"]
-    return optimizers
-
-
-def all_groups(optimizers):
-    return [group for optimizer in optimizers.values() for group in optimizer.param_groups]
-
-
-@torch.no_grad()
-def evaluate(net, data, config, machine):
-    """The mean loss (nats a token) over the held-out ids, in fixed windows, each token once; shared by all processes."""
-    n, T = min(len(data.val) - 1, config.eval_tokens), config.block_size
-    B = config.micro_batch_size or config.batch_size // machine.world_size
-    starts, total = range(0, n, T), torch.zeros((), dtype=torch.float64)
-    for i in range(machine.rank * B, len(starts), machine.world_size * B):
-        x, y = torch.zeros(B, T, dtype=torch.long), torch.full((B, T), -100)  # one shape for all: -100 does not count
-        for row, s in enumerate(starts[i:i + B]):
-            ids = torch.from_numpy(data.val[s:min(s + T, n) + 1].astype(np.int64))
-            x[row, :len(ids) - 1], y[row, :len(ids) - 1] = ids[:-1], ids[1:]
-        with machine.autocast:
-            _, loss = net(x.to(machine.device), y.to(machine.device), logits_to_keep=None)
-        total += loss.item() * (y >= 0).sum()
+def save(run, data, config, machine, log):
+    """Writes a checkpoint, then deletes all but keep_checkpoints of the newest, and the best."""
+    rng = [rng_state()]
     if machine.world_size > 1:
-        total = total.to(machine.device, torch.float32)
-        dist.all_reduce(total)
-    return total.item() / n
+        rng = [None] * machine.world_size
+        dist.all_gather_object(rng, rng_state())
+    if machine.rank == 0:
+        out = Path(config.out_dir)
+        log.flush()
+        write_checkpoint(out / f"step_{run.step:06d}.pt", {
+            **run.state(), "rng": rng, "data": data.fingerprint(), "machine": machine.fingerprint()})
+        kept = {step_of(path) for path in checkpoints(out)[-config.keep_checkpoints:]}
+        if run.best:
+            kept.add(run.best["step"])
+        for path in checkpoints(out):
+            if step_of(path) not in kept:
+                path.unlink()
+    run.saved_step = run.step
 
 
-def write_sample(model, data, config, machine, step):
-    """Continues the first held-out tokens, and writes the text to out_dir/samples; returns it."""
-    from transformers import PreTrainedTokenizerFast
-
-    try:
-        tokenizer = PreTrainedTokenizerFast.from_pretrained(data.folder / "tokenizer")
-    except Exception as e:  # no reason to lose a run
-        return f"none: no tokenizer in {data.folder / 'tokenizer'}: {(str(e) or repr(e)).splitlines()[0]}"
-    generator = torch.Generator(machine.device).manual_seed(config.seed + step)  # its own: training draws from others
-    prompt = torch.from_numpy(data.val[:16].astype(np.int64))[None].to(machine.device)
-    with machine.autocast:
-        new = generate(model, prompt, min(100, config.max_position_embeddings - prompt.size(1)), temperature=0.8,
-                       top_k=50, generator=generator)
-        text = tokenizer.decode(prompt[0].tolist() + [ids.item() for ids in new])
-    path = Path(config.out_dir, "samples", f"step_{step:06d}.txt")
-    path.parent.mkdir(exist_ok=True)
-    path.write_text(text, encoding="utf-8")
-    return text
+# -------------------------------------------------------------------------------------- the machine
 
 
-# Dense bf16 (T4: fp16) peaks from the vendors' datasheets, FLOP/s, for MFU.
-PEAKS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12, "A10": 125e12, "4090": 165e12,
-         "3090": 71e12, "T4": 65e12}
+@dataclass
+class Machine:
+    device: torch.device
+    dtype: torch.dtype
+    compile: bool
+    deterministic: bool = True
+    reason: str = ""  # why these
+    rank: int = 0
+    world_size: int = 1
+
+    @property
+    def autocast(self):
+        if self.dtype == torch.float32:
+            return nullcontext()
+        return torch.autocast(self.device.type, self.dtype)
+
+    def fingerprint(self):
+        """What the bits of a run depend on, beside its config and its data."""
+        name, versions = torch.backends.cpu.get_cpu_capability(), {}
+        if self.device.type == "cuda":
+            name = torch.cuda.get_device_name(self.device)
+            versions = {"cuda": torch.version.cuda, "driver": torch._C._cuda_getDriverVersion()}
+        return {"torch": str(torch.__version__), **versions, "compile": self.compile,
+                "device": f"{self.device.type} ({name})", "dtype": str(self.dtype)[6:],
+                "deterministic": self.deterministic, "threads": torch.get_num_threads(),
+                "processes": self.world_size}
 
 
-class Metrics:
-    """metrics.jsonl: one JSON object a line, each written whole and at once; and TensorBoard's events, if installed."""
+def fresh_store(rank):
+    """A TCPStore of this attempt's own: torchrun's outlives a restart, with the dead's addresses.
 
-    def __init__(self, path, step):
-        """Opens the file for a run at `step`: cuts off what lies beyond, and a line that a kill has torn."""
-        self.file = open(path, "a+b", buffering=0)
-        self.file.seek(0)
-        end = 0
-        for line in self.file.read().splitlines(keepends=True):
-            try:
-                if json.loads(line)["step"] > step or not line.endswith(b"\n"):
-                    break
-            except (ValueError, KeyError, TypeError):
-                break
-            end += len(line)
-        self.file.truncate(end)
+    Source: https://github.com/pytorch/pytorch/issues/135712"""
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    torchruns = dist.TCPStore(address, port)
+    if rank == 0:
+        store = dist.TCPStore(address, 0, is_master=True, wait_for_workers=False)
+        torchruns.set("port", str(store.port))
+        return store
+    while True:
         try:
-            from torch.utils.tensorboard import SummaryWriter
-            self.events = SummaryWriter(path.parent / "tensorboard", purge_step=step + 1)  # hides what lies beyond
-        except ImportError:
-            self.events = None
-
-    def write(self, device, **values):
-        self.file.write(json.dumps(values).encode() + b"\n")
-        if self.events:
-            for key, value in {**values, "memory_gb": peak_memory(device)}.items():
-                if key != "step" and value is not None:
-                    self.events.add_scalar(key, value, values["step"])
-            self.events.flush()
+            port = int(torchruns.get("port"))
+            store = dist.TCPStore(address, port, timeout=timedelta(seconds=2))
+            store.set_timeout(timedelta(minutes=30))  # the first process may be preparing data
+            return store
+        except dist.DistError:  # the port of the attempt before: process 0 has not set its own yet
+            time.sleep(0.1)
 
 
-def peak_memory(device):
-    """The GB that were held at most so far: on the GPU, or else by this process (None on Windows)."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 1e9
+def set_up_machine(config):
+    """Chooses device, dtype and compilation, joins the other processes, makes sums repeatable."""
+    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     try:
-        import resource
-    except ImportError:
-        return None
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
+        device, dtype, reason = pick_device(config.device, config.dtype)
+    except ValueError as e:
+        usage_error(str(e))
+    on_gpu = device.type == "cuda"
+    if on_gpu:
+        torch.cuda.set_device(device)
+        torch.set_float32_matmul_precision("high")  # TF32, for the little that is not bf16
+    if device.type == "cpu":
+        keep_freed_memory()
+    if world_size > 1:
+        is_torchrun = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+        store = fresh_store(rank) if is_torchrun else None
+        dist.init_process_group("nccl" if on_gpu else "gloo", store=store, rank=rank,
+                                world_size=world_size, device_id=device if on_gpu else None)
+    if config.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+        torch.utils.deterministic.fill_uninitialized_memory = False  # nothing here reads such memory
+    problem = compiler_problem(device) if config.compile else "as asked"
+    compiled = f"not compiled ({problem})" if problem else "compiled"
+    because = f" ({reason})" if reason else ""
+    return Machine(device, dtype, problem is None, config.deterministic,
+                   f"{str(dtype)[6:]}{because}, {compiled}", rank, world_size)
 
 
-class Stop:
-    """Turns the first SIGINT or SIGTERM into a wish to stop after the step; a second Ctrl-C leaves at once.
-
-    Before training() there is nothing to save, and the process leaves; one of several by the system's own handler, since
-    Python's would wait for the end of a connection."""
-
-    def __init__(self, alone):
-        self.signum, self.agreed = None, None  # agreed: all processes know of the signal
-        for signum in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(signum, self.leave if alone else signal.SIG_DFL)
-
-    def leave(self, signum, frame):
-        os.write(2, b"train.py: stopped before the first step\n")
-        os._exit(128 + signum)
-
-    def training(self):
-        for signum in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(signum, self.handle)
-
-    def handle(self, signum, frame):
-        if self.signum is None:
-            self.signum = signum
-            os.write(2, b"\ntrain.py: finishing the step, then saving (Ctrl-C again leaves at once)\n")
-        elif signum == signal.SIGINT and "TORCHELASTIC_RUN_ID" not in os.environ:  # torchrun repeats it by itself
-            os._exit(128 + signum)
+# --------------------------------------------------------------------------------- the command line
 
 
-class NotFinite(ArithmeticError):
-    """The loss or the gradient is infinite or not a number."""
+def usage_error(message):
+    """Ends the program: what the user typed is wrong. (sys.exit(text), code 1, is for the rest.)"""
+    message = " ".join(message.split())  # in one line, whatever was typed
+    message = message.replace("expected one argument", "expected a value, as in --key=value")
+    print(f"train.py: {message}", file=sys.stderr)
+    raise SystemExit(2)
 
 
-def train_step(net, optimizers, scaler, batch, config, machine, stop):
-    """One optimizer step on this process's batch; returns its mean loss over all processes and the gradient norm.
-
-    Raises NotFinite before anything is changed. (A step that the scaler of fp16 skips is not a failure.)"""
-    parts = [t.split(config.micro_batch_size or len(t)) for t in batch]
-    loss = torch.zeros((), device=machine.device)
-    for i, (x, y) in enumerate(zip(*parts)):
-        last = i == len(parts[0]) - 1
-        with nullcontext() if last or machine.world_size == 1 else net.no_sync():  # gradients meet once a step
-            with machine.autocast:
-                _, part = net(x, y, logits_to_keep=None)
-            scaler.scale(part / len(parts[0])).backward()
-        loss += part.detach() / len(parts[0])
-    for optimizer in optimizers.values():
-        scaler.unscale_(optimizer)
-    norm = torch.nn.utils.clip_grad_norm_(net.parameters(), config.grad_clip or math.inf)
-    if machine.world_size > 1:
-        shared = torch.stack((loss / machine.world_size, torch.full_like(loss, stop.signum or 0)))
-        dist.all_reduce(shared)
-        loss = shared[0]
-        if shared[1] > 0:  # one has been told to stop: all do, after this step, or the others would wait for it
-            stop.agreed = stop.signum = stop.signum or signal.SIGTERM
-    loss, norm = loss.item(), norm.item()
-    if not math.isfinite(loss) or not (math.isfinite(norm) or scaler.is_enabled()):
-        raise NotFinite(f"the loss is {loss} and the gradient norm {norm}")
-    for optimizer in optimizers.values():
-        scaler.step(optimizer)
-        optimizer.zero_grad(set_to_none=True)
-    scaler.update()
-    return loss, norm
+def read_value(f, text):
+    """text in the type of the config's field f. Raises argparse.ArgumentTypeError."""
+    with suppress(KeyError, ValueError, OverflowError):
+        if f.type is bool:
+            return {"true": True, "1": True, "false": False, "0": False}[text.lower()]
+        if f.type is not str:
+            return f.type(text)
+        if text.isprintable():
+            return os.path.expanduser(text)
+    raise argparse.ArgumentTypeError(f"{text!r}: expected {f.type.__name__}")
 
 
-def clock(seconds):
-    minutes, seconds = divmod(round(seconds), 60)
-    return f"{minutes // 60}:{minutes % 60:02}:{seconds:02}" if minutes >= 60 else f"{minutes}:{seconds:02}"
-
-
-def build_model(config, state):
-    """The model on the CPU: of the checkpoint dict `state`, else of init_from, else with random weights."""
-    if config.init_from and not state:
-        try:
-            return from_pretrained(config.init_from)
-        except ValueError as e:
-            sys.exit(f"train.py: init_from: {e}")
-    torch.manual_seed(config.seed)
-    model = SmolLM2(SmolLM2Config(**{key: getattr(config, key) for key in MODEL_KEYS}))
-    if state:
-        model.load_state_dict(state["model"])
-    return model
-
-
-def restore(state, optimizers, scaler, machine):
-    """Puts the checkpoint dict `state` into all that has a state, but for the model. Ends the program if it cannot be."""
+def read_recipe(path):
+    """The plain assignments of a recipe as words of the command line. It is read, never run."""
     try:
-        for key, optimizer in optimizers.items():  # the old state, but the rates and betas of the config
-            optimizer.load_state_dict({**state[key], "param_groups": optimizer.state_dict()["param_groups"]})
-        scaler.load_state_dict(state["scaler"])
-        if len(state["rng"]) == machine.world_size:
-            set_rng_state(state["rng"][machine.rank])
-    except (KeyError, TypeError, ValueError, AttributeError) as e:  # no work of this program
-        sys.exit(f"train.py: the checkpoint does not hold a run: {e!r}")
+        tree = ast.parse(Path(path).read_text(encoding="utf-8"))
+    except OSError as e:
+        hint = f"; did you mean --{path}?" if "=" in path else ""
+        usage_error(f"cannot read the recipe {path}: {e.strerror}{hint}")
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as e:
+        usage_error(f"the recipe {path} is not Python: {e}")
+    words = []
+    for node in tree.body:
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):  # a docstring
+            continue
+        is_plain = (isinstance(node, ast.Assign) and isinstance(node.value, ast.Constant)
+                    and len(node.targets) == 1 and isinstance(node.targets[0], ast.Name))
+        if not is_plain:
+            usage_error(f"{path}, line {node.lineno}: a recipe holds plain assignments only, "
+                        "like batch_size = 4")
+        name, value = node.targets[0].id, node.value.value
+        if name in KEYS and KEYS[name].type is str and not isinstance(value, str):
+            usage_error(f"{path}, line {node.lineno}: {name} = {value!r}: expected str")
+        words.append(f"--{name}={value}")
+    return words
 
 
-def train(config, machine, model, data, state, stop, say):
-    """The loop, from the checkpoint dict `state` or from the start. Returns the step at which it ended."""
-    model.to(machine.device)
-    optimizers = make_optimizers(model, config)
-    scaler = torch.amp.GradScaler(machine.device.type, enabled=machine.dtype == torch.float16)
-    random.seed(config.seed + machine.rank)
-    np.random.seed((config.seed + machine.rank) % 2**32)
-    torch.manual_seed(config.seed + machine.rank)
-    step, seconds, best, saved = 0, 0.0, None, None  # saved: the step that is on disk
-    if state:
-        restore(state, optimizers, scaler, machine)
-        step, seconds, best, saved = state["step"], state["seconds"], state["best"], state["step"]
-        state.clear()  # frees its memory
-    if machine.compile:
-        is_one_pass = machine.world_size == 1 and config.micro_batch_size in (0, config.batch_size)
-        model.compile_for_training(config.batch_size * config.block_size if is_one_pass else None)
-    net = DistributedDataParallel(model) if machine.world_size > 1 else model
-
-    out = Path(config.out_dir)
-    metrics = Metrics(out / "metrics.jsonl", step) if machine.rank == 0 else None
-    tokens_per_step = config.batch_size * config.block_size
-    peak = next((v for k, v in PEAKS.items() if machine.device.type == "cuda" and k in
-                 torch.cuda.get_device_name(machine.device)), None)
-    stand_in = f" (on STAND-IN data: {data.meta['stand_in']})" if data.meta.get("stand_in") else ""
-
-    def save():
-        nonlocal saved
-        rng = [rng_state()]
-        if machine.world_size > 1:
-            rng = [None] * machine.world_size
-            dist.all_gather_object(rng, rng_state())
-        if machine.rank == 0:
-            os.fsync(metrics.file.fileno())
-            write_checkpoint(out / f"step_{step:06d}.pt", {
-                "step": step, "model": model.state_dict(), "rng": rng,
-                **{key: optimizer.state_dict() for key, optimizer in optimizers.items()},
-                "scaler": scaler.state_dict(), "config": asdict(config), "machine": machine.fingerprint(config),
-                "data": data.fingerprint(), "seconds": seconds, "best": best})
-            files = [p for p in checkpoints(out) if step_of(p) <= step]
-            for p in files[:-config.keep_checkpoints] if config.keep_checkpoints else []:
-                if not best or step_of(p) != best["step"]:
-                    p.unlink()
-        saved = step
-
-    def due(interval):
-        return interval and step % interval == 0
-
-    bar = tqdm(total=config.max_steps, initial=step, unit="step", dynamic_ncols=True, smoothing=0.1,
-               disable=machine.rank > 0 or not sys.stderr.isatty())
-    begin_step, spent, tokens = step, 0.0, 0
-    while step < config.max_steps and not (stop.agreed if machine.world_size > 1 else stop.signum):
-        start, lr = time.perf_counter(), learning_rate(config, step)
-        for group in all_groups(optimizers):
-            group["lr"] = group["peak"] * lr / config.learning_rate
-        try:
-            loss, norm = train_step(net, optimizers, scaler, get_batch(data, config, machine, step), config, machine, stop)
-        except NotFinite as e:
-            newest = checkpoints(out)[-1:] or ["none"]
-            sys.exit(f"train.py: {e} in step {step + 1}, at learning rate {lr:.2e}: stopped before the weights were "
-                     f"changed. Last good checkpoint: {newest[0]}. A lower --learning_rate or a longer --warmup_steps helps")
-        step += 1
-        took = time.perf_counter() - start
-        seconds, spent, tokens = seconds + took, spent + took, tokens + tokens_per_step
-        line = {"step": step, "loss": loss, "lr": lr, "grad_norm": norm if math.isfinite(norm) else None}
-        if due(config.eval_interval):
-            val_loss = evaluate(net, data, config, machine)
-            line["val_loss"] = val_loss
-            if is_best := best is None or val_loss < best["val_loss"]:
-                best = {"step": step, "val_loss": val_loss}
-            bits = val_loss / math.log(2) * data.meta["val_tokens"] / max(1, data.meta["val_bytes"])
-            say(f"step {step}: held-out loss {val_loss:.4f}, perplexity {math.exp(min(val_loss, 99)):.2f}, {bits:.4f} "
-                f"bits per byte; best {best['val_loss']:.4f} at step {best['step']}{stand_in}")
-        speed = tokens / spent
-        text = f"loss {loss:.4f} | lr {lr:.2e} | norm {norm:.2f} | {speed:,.0f} tok/s"
-        if peak:
-            mfu = speed * model.flops_per_token(config.block_size, causal=True) / machine.world_size / peak
-            text += f" | MFU {mfu:.1%}"
-        bar.set_postfix_str(text, refresh=False)
-        bar.update()
-        if step == begin_step + 1 or due(config.log_interval):
-            left = (config.max_steps - step) * tokens_per_step / speed
-            if bar.disable:
-                say(f"step {step}/{config.max_steps} | {text} | {clock(seconds)} trained, {clock(left)} left")
-        if machine.rank == 0 and (step == 1 or due(config.log_interval) or "val_loss" in line):
-            metrics.write(machine.device, **line, tokens=step * tokens_per_step, tokens_per_sec=speed, seconds=seconds)
-        if due(config.log_interval) or step == begin_step + 1:
-            spent, tokens = 0.0, 0
-        if due(config.sample_interval) and machine.rank == 0:
-            sample = write_sample(model, data, config, machine, step)
-            say(f"--- sample at step {step}\n{sample}\n---")
-            if metrics.events:
-                metrics.events.add_text("sample", "    " + sample.replace("\n", "\n    "), step)  # indented: shown as it is
-                metrics.events.flush()
-        if due(config.checkpoint_interval) or config.checkpoint_interval and due(config.eval_interval) and is_best:
-            save()
-    bar.close()
-    if saved != step:
-        save()
-    return step
+def parse_args(argv):
+    """(overrides, args): the keys set by the recipe and, over it, by argv; the other flags."""
+    parser = argparse.ArgumentParser(prog="train.py", allow_abbrev=False, description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error = usage_error
+    parser.add_argument("recipe", nargs="?", help="a file of plain assignments to the keys below")
+    parser.add_argument("--resume", nargs="?", const="", metavar="PATH", help="go on from the newest "
+                        "checkpoint in out_dir or the folder PATH, or from the file PATH; auto: if any")
+    parser.add_argument("--overwrite", action="store_true", help="delete the run in out_dir first")
+    group = parser.add_argument_group("keys, here or in a recipe")
+    for f in KEYS.values():
+        group.add_argument(f"--{f.name}", type=partial(read_value, f), default=argparse.SUPPRESS,
+                           metavar=f.type.__name__.upper(), help=f"{f.metadata['help']} [{f.default}]")
+    args, rest = parser.parse_known_args(argv)
+    if args.recipe:
+        args, rest = parser.parse_known_args(read_recipe(args.recipe) + list(argv or sys.argv[1:]))
+    if rest and not rest[0].startswith("-"):
+        usage_error(f"{rest[0]!r} is one argument too many: one recipe, then --key=value")
+    if rest:
+        name = rest[0].lstrip("-").partition("=")[0]
+        near = difflib.get_close_matches(name, KEYS, 1, 0.5)
+        hint = f"did you mean {near[0]}?" if near else "--help lists the keys"
+        usage_error(f"unknown key {name}: {hint}")
+    if args.resume and args.resume.endswith(".py"):
+        usage_error(f"--resume {args.resume}: that is a recipe, not a checkpoint; write "
+                    f"train.py {args.resume} --resume")
+    if args.overwrite and args.resume is not None:
+        usage_error("--overwrite starts anew and --resume goes on: choose one")
+    return {name: getattr(args, name) for name in KEYS if hasattr(args, name)}, args
 
 
-def start_or_resume(overrides, args, say):
-    """Returns (config, state, changes): state is the checkpoint's dict or None, changes the keys set anew (old, new)."""
+def check(config, world_size):
+    """Ends the program with all that is wrong with the config's values, at once."""
+    wrong = []
+    for name, f in KEYS.items():
+        value, facts = getattr(config, name), f.metadata
+        if facts.get("choices") and value not in facts["choices"]:
+            wrong.append(f"{name} = {value!r}: one of {', '.join(facts['choices'])}")
+        elif not value and not facts.get("zero") and f.type is not bool:
+            wrong.append(f"{name} = {value!r}: must be more than {f.type()!r}")
+        elif f.type in (int, float) and not 0 <= value < 2**48:
+            wrong.append(f"{name} = {value}: must be 0 or more, and less than 2**48")
+    if wrong:
+        usage_error("; ".join(wrong))
+    c, share = config, config.batch_size // world_size
+    multiples = [("hidden_size", c.hidden_size, "num_attention_heads", c.num_attention_heads),
+                 ("num_attention_heads", c.num_attention_heads,
+                  "num_key_value_heads", c.num_key_value_heads),
+                 ("batch_size", c.batch_size, "processes", world_size),
+                 ("batch_size a process", share, "micro_batch_size", c.micro_batch_size or 1)]
+    limits = [("block_size", c.block_size, "max_position_embeddings", c.max_position_embeddings),
+              ("min_lr", c.min_lr, "learning_rate", c.learning_rate),
+              ("beta1", c.beta1, "the largest float below 1", math.nextafter(1, 0)),
+              ("beta2", c.beta2, "the largest float below 1", math.nextafter(1, 0))]
+    wrong += [f"{a} = {x}: not a multiple of {b} = {y}" for a, x, b, y in multiples if x % y]
+    wrong += [f"{a} = {x}: more than {b} = {y}" for a, x, b, y in limits if x > y]
+    if c.hidden_size // c.num_attention_heads % 2:
+        wrong.append("hidden_size / num_attention_heads: must be even, for the rotary pairs")
+    if wrong:
+        usage_error("; ".join(wrong))
+
+
+# ------------------------------------------------------------------------------------ start and end
+
+
+def find_run(overrides, args):
+    """(out, source): the folder of the run, and what to resume from (None: nothing)."""
+    out = Path(overrides.get("out_dir", TrainConfig.out_dir))
+    if args.resume in (None, "", "auto"):
+        return out, None if args.resume is None else out
+    source = Path(args.resume).expanduser()
+    folder = source if source.is_dir() else source.parent
+    if "out_dir" in overrides and folder.resolve() != out.resolve():
+        usage_error(f"--resume={source} goes on in {folder}, not in out_dir = {out}: give one of them")
+    return folder, source
+
+
+def load_run(out, source, overrides, args):
+    """(config, state): state is the checkpoint's dict, or None where a run is to start."""
     config = TrainConfig(**overrides)
-    if args.resume is None:
-        if checkpoints(config.out_dir) and not args.overwrite:
-            usage_error(f"{config.out_dir} holds a run: go on with --resume, or choose another --out_dir, or delete it "
-                        "with --overwrite")
-        return config, None, {}
-    source = Path(config.out_dir if args.resume in ("", "auto") else args.resume)
-    if args.resume not in ("", "auto") and not source.exists():
-        usage_error(f"--resume={source}: there is no such file or folder")
-    folder = source if source.is_dir() or not source.exists() else source.parent
-    if "out_dir" in overrides and folder.resolve() != Path(config.out_dir).resolve():
-        usage_error(f"--resume={source} goes on in {folder}, not in out_dir = {config.out_dir}: give one of them")
+    is_ours = bool(checkpoints(out)) or (out / "run.json").exists()
+    theirs = [name for name in ("metrics.jsonl", "samples", "tokenizer") if (out / name).exists()]
+    if theirs and not is_ours:
+        usage_error(f"out_dir = {out} holds files of something else ({theirs[0]}): choose another")
+    if source is None and checkpoints(out) and not args.overwrite:
+        usage_error(f"{out} holds a run: go on with --resume, or choose another --out_dir, or "
+                    "delete it with --overwrite")
+    if source is None or args.resume == "auto" and not checkpoints(out):
+        return config, None
     try:
-        path, state = load_checkpoint(source, lambda text: say(f"train.py: {text}"))
-        known = {f.name for f in fields(TrainConfig)}
-        old = state and TrainConfig(**{key: typed(key, value) for key, value in state["config"].items() if key in known})
+        path, state = load_checkpoint(source)
+    except FileNotFoundError as e:
+        usage_error(f"--resume: {e}; python train.py config/smollm2.py starts a run")
     except ValueError as e:
         sys.exit(f"train.py: {e}: start anew with --overwrite")
-    if not state:
-        if args.resume == "auto":
-            return config, None, {}
-        usage_error(f"--resume: there is no checkpoint in {source}; python train.py config/smollm2.py starts a run")
-    config = replace(old, **{**overrides, "out_dir": str(folder)})
-    changes = {key: (getattr(old, key), getattr(config, key)) for key in known if getattr(old, key) != getattr(config, key)}
-    for key in changes.keys() & FIXED_ON_RESUME:
-        sys.exit(f"train.py: {path} holds a run with {key} = {changes[key][0]}, not {changes[key][1]}: leave {key} out "
-                 "to go on with it, or start another run in another --out_dir")
-    say(f"going on from {path} (step {state['step']})")
-    return config, state, {key: pair for key, pair in changes.items() if key not in FREE_ON_RESUME}
+    old = state["config"]
+    config = replace(TrainConfig(**old), **{**overrides, "out_dir": str(out)})
+    for name in (*SIZES, "optimizer"):
+        if getattr(config, name) != old[name]:
+            sys.exit(f"train.py: {path} holds a run with {name} = {old[name]}, not "
+                     f"{getattr(config, name)}: leave {name} out, or start a run in another --out_dir")
+    show(f"going on from {path} (step {state['step']})")
+    return config, state
 
 
-def set_up_run(config, overrides, state, changes, say):
-    """Returns (config, machine, model, data) for a run from the checkpoint dict `state`, or from the start (None).
-
-    Says what is no longer as the checkpoint had it. Ends the program where the run cannot be what was asked for."""
-    if not state and not config.lr_decay_steps:
-        config = replace(config, lr_decay_steps=config.max_steps)
-    machine = set_up_machine(config)
-    model = build_model(config, state)
-    sizes = {key: getattr(model.config, key) for key in MODEL_KEYS}
-    if other := [key for key in overrides if key in FIXED_ON_RESUME and sizes.get(key, overrides[key]) != overrides[key]]:
-        usage_error(f"{other[0]} = {overrides[other[0]]}: init_from has {sizes[other[0]]}; leave the sizes out")
-    config = replace(config, **sizes)  # of init_from
-    check(config, machine.world_size)
-    data = load_data(config, machine.rank == 0)
-    if state and state["data"] != data.fingerprint():
-        if "data_dir" not in overrides:
-            sys.exit(f"train.py: {config.data_dir} is not the data that this run was trained on: restore it, or name "
-                     f"it with --data_dir={config.data_dir} to go on with it all the same")
-        changes["data"] = (state["data"], data.fingerprint())
-    if state:
-        now = machine.fingerprint(config)
-        changes |= {key: (state["machine"].get(key), now[key]) for key in now if state["machine"].get(key) != now[key]}
-    if changes:
-        say("no longer the same run to the bit, since these differ: " +
-            ", ".join(f"{key} {old} → {new}" for key, (old, new) in sorted(changes.items())))
+def open_data(config, overrides, state, machine):
+    """Opens data_dir, preparing it if it is the default and missing; the run's own, if it has one."""
+    folder = Path(config.data_dir)
+    is_default = folder == Path(prepare.DEFAULT_OUT_DIR)
+    if machine.rank == 0 and is_default and not (folder / "meta.json").exists():
+        show(f"{folder} is missing: preparing it")
+        prepare.prepare(prepare.parse_args([]))
     if machine.world_size > 1:
-        step, starts = state["step"] if state else 0, [None] * machine.world_size
-        dist.all_gather_object(starts, (step, data.fingerprint(), {**asdict(config), "out_dir": "", "data_dir": ""}))
-        if other := [rank for rank, start in enumerate(starts) if start != starts[0]]:
-            sys.exit(f"train.py: process 0 is at step {starts[0][0]}, process {other[0]} at step {starts[other[0]][0]}, or "
-                     "data or settings differ: every machine needs the same command, data_dir and (to resume) out_dir")
-    return config, machine, model, data
+        dist.barrier()
+    try:
+        data = prepare.open_data(folder)
+    except FileNotFoundError:
+        usage_error(f"data_dir = {config.data_dir!r} holds no prepared data: python prepare.py "
+                    f"--input FILE --out_dir {shlex.quote(config.data_dir)}")
+    except ValueError as e:
+        sys.exit(f"train.py: {folder} is damaged: {e}; make it again with prepare.py")
+    if data.meta["vocab_size"] > config.vocab_size:
+        sys.exit(f"train.py: {folder} has ids up to {data.meta['vocab_size'] - 1}, but vocab_size = "
+                 f"{config.vocab_size}: raise it, or prepare with another tokenizer")
+    if len(data.train) <= config.block_size or len(data.val) < 2:
+        sys.exit(f"train.py: {folder} has {len(data.train)} training tokens, but block_size = "
+                 f"{config.block_size} needs {config.block_size + 1}: lower it, or prepare more text")
+    old, new = state and state["data"], data.fingerprint()
+    if state and old["tokenizer"] != new["tokenizer"]:
+        sys.exit(f"train.py: {folder} has another tokenizer than this run: its ids mean other texts; "
+                 "restore the data, or start a new run in another --out_dir")
+    if state and old != new and "data_dir" not in overrides:
+        sys.exit(f"train.py: {folder} is not the data that this run was trained on: restore it, or name "
+                 f"it with --data_dir={shlex.quote(config.data_dir)} to go on with it all the same")
+    return data
+
+
+def name_changes(state, config, data, machine):
+    """Says what is no longer as the checkpoint had it, so that the bits cannot be the same."""
+    now = machine.fingerprint()
+    changes = [f"{name} {state['machine'].get(name)} → {now[name]}" for name in now
+               if state["machine"].get(name) != now[name]]
+    changes += [f"{name} {state['config'][name]} → {getattr(config, name)}" for name, f in KEYS.items()
+                if not f.metadata.get("free") and state["config"][name] != getattr(config, name)]
+    if state["data"] != data.fingerprint():
+        changes.append(f"data {state['data']['train']} → {data.fingerprint()['train']}")
+    if changes:
+        show(f"no longer the same run to the bit, since these differ: {', '.join(sorted(changes))}")
+
+
+def set_up_folder(out, config, run, data, args):
+    """Readies out_dir for a run at run.step: recipe, tokenizer; later checkpoints are set aside."""
+    count = 2
+    if config.checkpoint_interval and config.keep_checkpoints:
+        count += config.keep_checkpoints
+    need = count * 12 * sum(p.numel() for p in run.parameters) / 1e9
+    free = shutil.disk_usage(out).free + sum(path.stat().st_size for path in checkpoints(out))
+    if free / 1e9 < need:
+        sys.exit(f"train.py: up to {count} checkpoints at a time need {need:.1f} GB, but {out} has "
+                 f"room for {free / 1e9:.1f}: free some, lower keep_checkpoints, or use another "
+                 "--out_dir")
+    leftovers = list(out.glob("step_*.tmp"))  # of a killed save
+    if args.overwrite:
+        leftovers += [*checkpoints(out), *out.glob("samples/step_*.txt")]
+        shutil.rmtree(out / "tensorboard", ignore_errors=True)
+    for path in leftovers:
+        path.unlink()
+    for path in checkpoints(out):
+        if step_of(path) > run.step:
+            (out / "superseded").mkdir(exist_ok=True)
+            os.replace(path, out / "superseded" / path.name)
+    if (data.folder / "tokenizer").is_dir() and not run.saved_step:
+        shutil.copytree(data.folder / "tokenizer", out / "tokenizer", dirs_exist_ok=True)
+    facts = {"command": shlex.join(sys.argv), "config": asdict(config), "git": git_commit(),
+             "torch": str(torch.__version__), "python": sys.version.split()[0]}
+    (out / "run.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+
+
+def git_commit():
+    with suppress(OSError):  # no git here
+        command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+        return subprocess.run(command, capture_output=True, text=True).stdout.strip()
+
+
+def show_banner(config, run, data, machine):
+    T, meta = config.block_size, data.meta
+    n = sum(p.numel() for p in run.parameters)
+    epochs = config.max_steps * config.batch_size / blocks_per_epoch(len(data.train), T)
+    flops = config.max_steps * config.batch_size * T * run.model.flops_per_token(T, causal=True)
+    show(f"device   {machine.device}, threads {torch.get_num_threads()}, processes {machine.world_size}, "
+         f"{machine.reason}\n"
+         f"data     {data.folder}: {meta['source']}; {len(data.train):,} training and "
+         f"{len(data.val):,} held-out tokens\n"
+         f"model    {n:,} parameters\n"
+         f"run      steps {run.step} to {config.max_steps}, {config.batch_size} x {T} = "
+         f"{config.batch_size * T:,} tokens a step, {epochs:.1f} epochs, {flops:.2e} FLOPs\n"
+         f"writes   {config.out_dir}/: checkpoints of {12 * n / 1e9:.2f} GB, metrics.jsonl, samples/")
+    if meta.get("stand_in"):
+        show(f"*** STAND-IN DATA ({meta['stand_in']}): fine for a try, not for results. "
+             "python prepare.py makes the real. ***")
+    if machine.compile:
+        show("compiling: the first step and the first evaluation take longer")
+
+
+def set_up(out, source, overrides, args):
+    """(config, run, net, data, machine), all that the loop needs, with the checkpoint's state in it."""
+    config, state = load_run(out, source, overrides, args)
+    model = None
+    if config.init_from and not state:
+        try:
+            model = from_pretrained(config.init_from)
+        except ValueError as e:
+            sys.exit(f"train.py: init_from: {e}")
+        for name in SIZES:
+            if overrides.get(name, getattr(model.config, name)) != getattr(model.config, name):
+                usage_error(f"{name} = {overrides[name]}: init_from has {getattr(model.config, name)}")
+        config = replace(config, **{name: getattr(model.config, name) for name in SIZES})
+    config = replace(config, lr_decay_steps=config.lr_decay_steps or config.max_steps)
+    check(config, int(os.environ.get("WORLD_SIZE", 1)))
+    if state and state["step"] >= config.max_steps:
+        show(f"the run is finished: step {state['step']} of {config.max_steps}. Longer: "
+             f"{resume_command(out)} --max_steps={state['step'] + 1000}")
+        raise SystemExit(0)
+    machine = set_up_machine(config)
+    data = open_data(config, overrides, state, machine)
+    torch.manual_seed(config.seed)
+    run = Run(config, model or SmolLM2(config), machine)
+    if state:
+        name_changes(state, config, data, machine)
+        try:
+            run.model.load_state_dict(state["model"])
+            run.load(state, data, machine)
+        except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as e:
+            sys.exit(f"train.py: the checkpoint does not hold a run: {e!r}")
+    if machine.world_size > 1:
+        mine = (run.step, data.fingerprint(), {**asdict(config), "out_dir": "", "data_dir": ""})
+        starts = [None] * machine.world_size
+        dist.all_gather_object(starts, mine)
+        for rank, start in enumerate(starts):
+            if start != starts[0]:
+                sys.exit(f"train.py: process 0 is at step {starts[0][0]}, process {rank} at step "
+                         f"{start[0]}, or data or settings differ: every machine needs the same "
+                         "command, data_dir and (to resume) out_dir")
+    if machine.compile:
+        is_one_pass = machine.world_size == 1 and config.micro_batch_size in (0, config.batch_size)
+        run.model.compile_for_training(config.batch_size * config.block_size if is_one_pass else None)
+    net = run.model
+    if machine.world_size > 1:
+        net = DistributedDataParallel(run.model, gradient_as_bucket_view=True)
+    return config, run, net, data, machine
+
+
+def resume_command(out):
+    return "python train.py --resume" + ("" if out == Path("out") else f"={shlex.quote(str(out))}")
+
+
+def lock(out):
+    """Keeps a second process out of out_dir until this one ends, however it ends."""
+    held = filelock.FileLock(out / ".lock")
+    try:
+        held.acquire(timeout=0)
+    except filelock.Timeout:
+        sys.exit(f"train.py: another process is training in {out}: wait for it, or choose another "
+                 "--out_dir")
+    return held
 
 
 def main(argv=None):
-    if hasattr(sys.stdout, "reconfigure"):  # a log file shows each line at once; what a terminal cannot show ends no run
-        sys.stdout.reconfigure(errors="backslashreplace", line_buffering=True)
+    # Nothing that is printed can end a run: a closed pipe or a full disk loses lines, not steps.
+    sys.stdout, sys.stderr = prepare.Output(sys.stdout), prepare.Output(sys.stderr)
     overrides, args = parse_args(argv)
-    rank, world_size, held = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)), None
-    stop = Stop(alone=world_size == 1)
-    say = tqdm.write if rank == 0 else lambda text: None
-    out = Path(overrides.get("out_dir", "out"))
+    is_first, alone = os.environ.get("RANK", "0") == "0", os.environ.get("WORLD_SIZE", "1") == "1"
+    stop, held, run = Stop(alone), None, None
+    out, source = find_run(overrides, args)
+    again = resume_command(out)
     try:
-        if args.resume not in (None, "", "auto"):
-            out = Path(args.resume) if Path(args.resume).is_dir() else Path(args.resume).parent
-        again, other_out = "python train.py --resume", ""
-        if out != Path(TrainConfig.out_dir):
-            again, other_out = f"{again}={out}", f" --checkpoint {out}"
-        if rank == 0 and (out.is_dir() or args.resume in (None, "auto")):
-            if args.resume is None or not checkpoints(out):  # else the checkpoint has the rest of the config
-                check(TrainConfig(**overrides), world_size)
-            out.mkdir(parents=True, exist_ok=True)
+        if is_first and out.is_dir():
             held = lock(out)
-        config, state, changes = start_or_resume(overrides, args, say)
-        check(config, world_size)
-        if state and state["step"] >= config.max_steps:
-            say(f"the run is finished: step {state['step']} of {config.max_steps}. Longer: {again} --max_steps="
-                f"{state['step'] + 1000}; text: python sample.py --prompt \"ROMEO:\"{other_out}")
-            return
-        config, machine, model, data = set_up_run(config, overrides, state, changes, say)
-        step = state["step"] if state else 0
-        if rank == 0:
-            clear_room(config, step, args.overwrite, model)
-            banner(config, machine, model, data, step, say)
+        config, run, net, data, machine = set_up(out, source, overrides, args)
+        log = None
+        if is_first:
+            out.mkdir(parents=True, exist_ok=True)
+            held = held or lock(out)
+            set_up_folder(out, config, run, data, args)
+            show_banner(config, run, data, machine)
+            log = Log(config, run, data)
         stop.training()
-        step = train(config, machine, model, data, state, stop, say)
+        train(run, net, data, config, machine, log, stop)
+    except FloatingPointError as e:
+        newest = (checkpoints(out) or ["none"])[-1]
+        sys.exit(f"train.py: in step {run.step + 1} {e}: stopped before the weights were changed. "
+                 f"Last good checkpoint: {newest}. A lower --learning_rate or more --warmup_steps help")
     except OSError as e:
-        sys.exit(f"train.py: {e.strerror or e}{f': {e.filename}' if e.filename else ''}. Checkpoints already in {out} "
-                 f"are whole: when there is room or permission to write, {again} goes on exactly")
+        where = f": {e.filename}" if e.filename else ""
+        what_next = f". The checkpoints in {out} are whole: {again} goes on from the newest"
+        sys.exit(f"train.py: {e.strerror or e}{where}{what_next if checkpoints(out) else ''}")
     except (MemoryError, RuntimeError) as e:
-        if stop.signum:  # Ctrl-C reaches the C++ compiler, too, and torchrun ends the other processes
-            print(f"train.py: stopped within a step; {again} goes on exactly from the checkpoint before", file=sys.stderr)
+        if stop.signum:  # Ctrl-C reaches the C++ compiler, too, and torchrun ends other processes
+            print(f"train.py: stopped within a step; {again} goes on from the checkpoint before",
+                  file=sys.stderr)
             raise SystemExit(128 + stop.signum) from None
         if not isinstance(e, (MemoryError, torch.OutOfMemoryError)) and "allocate" not in str(e):
             raise
-        sys.exit("train.py: out of memory: lower micro_batch_size or block_size; checkpoints are whole")
+        sys.exit("train.py: out of memory: lower --micro_batch_size or --block_size")
     finally:
         if held:
-            held.close()
-    where = f"{out / f'step_{step:06d}.pt'} is written"
-    if world_size > 1:
-        dist.barrier()  # gloo's threads outlive the group, and one still at work aborts a process that ends (#190489)
+            held.release()
+    if not alone:
+        # gloo's threads outlive the group; one at work aborts an ending process (pytorch #190489)
+        dist.barrier()
         dist.destroy_process_group()
+    written = f"{out / f'step_{run.step:06d}.pt'} is written"
     if stop.signum:
-        say(f"stopped at step {step}; {where}. Go on with: {again}")
+        show(f"stopped at step {run.step}; {written}. Go on with: {again}")
         raise SystemExit(128 + stop.signum)
-    say(f"done: {step} steps; {where}. Next: python sample.py --prompt \"ROMEO:\"{other_out}")
-
-
-def clear_room(config, step, overwrite, model):
-    """Readies out_dir for a run at `step`. Later checkpoints move to superseded/, so that nothing is lost.
-
-    Ends the program where the disk has no room for the checkpoints to come."""
-    out = Path(config.out_dir)
-    for tmp in out.glob("step_*.tmp"):  # left by a killed save
-        tmp.unlink()
-    if overwrite:
-        for p in checkpoints(out):
-            p.unlink()
-        shutil.rmtree(out / "samples", ignore_errors=True)
-    for p in checkpoints(out):
-        if step_of(p) > step:
-            (out / "superseded").mkdir(exist_ok=True)
-            os.replace(p, out / "superseded" / p.name)
-    have = shutil.disk_usage(out).free + sum(p.stat().st_size for p in checkpoints(out))
-    count = config.keep_checkpoints + 2 if config.checkpoint_interval and config.keep_checkpoints else 2
-    need = count * 12 * sum(p.numel() for p in model.parameters())
-    if have < need:
-        sys.exit(f"train.py: up to {count} checkpoints at a time need {need / 1e9:.1f} GB, but {out} has room for "
-                 f"{have / 1e9:.1f}: free some, lower keep_checkpoints, or use another --out_dir")
-
-
-def banner(config, machine, model, data, step, say):
-    n, T, meta = sum(p.numel() for p in model.parameters()), config.block_size, data.meta
-    epochs = config.max_steps * config.batch_size / blocks_per_epoch(len(data.train), T)
-    threads = f", {torch.get_num_threads()} threads" if machine.device.type == "cpu" else ""
-    say(f"device   {machine.device}{threads}, {machine.world_size} process(es), {machine.reason}\n"
-        f"data     {data.folder}: {meta['source']}; {len(data.train):,} training and {len(data.val):,} held-out tokens\n"
-        f"model    {n:,} parameters\n"
-        f"run      steps {step} to {config.max_steps}, {config.batch_size} x {T} = {config.batch_size * T:,} tokens a step, "
-        f"{epochs:.1f} epochs, {config.max_steps * config.batch_size * model.flops_per_token(T, True) * T:.2e} FLOPs\n"
-        f"writes   {config.out_dir}/: checkpoints of {12 * n / 1e9:.2f} GB, metrics.jsonl, samples/")
-    if meta.get("stand_in"):
-        say(f"*** STAND-IN DATA ({meta['stand_in']}): fine for a try, not for results. python prepare.py makes the real. ***")
-    if machine.compile:
-        say("compiling: the first step takes longer" + (" (up to half a minute)" if machine.device.type == "cpu" else ""))
+    best = "" if out == Path("out") else f" --checkpoint {shlex.quote(str(out))}"
+    show(f"done: {run.step} steps; {written}. Next: python sample.py --prompt \"ROMEO:\"{best}")
+    if run.best and run.best["step"] < run.step:
+        show(f"The held-out loss was lowest at step {run.best['step']}: "
+             f"python sample.py --checkpoint {shlex.quote(str(out / 'best'))} takes that one")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,259 @@
+"""Turns many documents into token ids for train.py, in the same format as prepare.py.
+
+    python -m tools.corpus --input notes/ 'more/*.jsonl.gz' --out_dir data/mine
+    python -m tools.corpus --dataset HuggingFaceTB/smollm-corpus:cosmopedia-v2 \\
+        --max_tokens 100_000_000 --out_dir data/cosmopedia
+
+Files: .txt and .md (each a document), .jsonl, .json, .parquet and .arrow (many documents, in the
+field --column), all of them also as .gz. Whole documents are held out, chosen by the sha256 of
+their first MiB alone, so that adding documents moves none to the other side. <|endoftext|> follows
+each of them. Everything is streamed: memory holds one batch and the longest document.
+"""
+import contextlib
+import glob
+import gzip
+import hashlib
+import os
+import time
+import zlib
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+import prepare
+
+READERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".arrow": "arrow"}
+BATCH = 2**22  # characters encoded together
+
+
+# ---- reading: documents are pairs of a name, for messages, and a text ----
+
+def suffix(path):
+    """What kind of file this is: ".jsonl" for a.jsonl and for a.jsonl.gz."""
+    return Path(path.lower().removesuffix(".gz")).suffix
+
+
+def find_files(inputs):
+    """The files that --input names, each once, in order. Raises ValueError, OSError."""
+    files = {}
+    for given in inputs:
+        found = [given]
+        if os.path.isdir(given):
+            found = files_below(given)
+        elif not os.path.exists(given):
+            found = sorted(filter(os.path.isfile, glob.glob(given, recursive=True)))
+        if not found:
+            raise ValueError(f"--input {given}: no such file, or none of a kind that is read here")
+        for file in found:
+            if not os.path.isfile(file):  # a pipe or a device could block for ever
+                raise ValueError(f"--input {file}: not a regular file")
+            with open(file, "rb"):  # unreadable? better now than after an hour
+                files.setdefault(os.path.realpath(file), file)
+    return list(files.values())
+
+
+def files_below(folder):
+    """The files of the known kinds in a folder, and in those below, but for hidden ones."""
+    found = []
+    for path, folders, names in os.walk(folder, onerror=raise_error):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        for name in names:
+            if suffix(name) in (".txt", ".md", *READERS) and not name.startswith("."):
+                found.append(os.path.join(path, name))
+    return sorted(found)
+
+
+def raise_error(error):
+    raise error  # os.walk would pass over an unreadable folder in silence
+
+
+def read_files(files, column):
+    """Yields the documents of files."""
+    for file in files:
+        kind = READERS.get(suffix(file))
+        if kind:
+            stream = open_stream(file, kind, data_files=[glob.escape(file)], split="train")
+            yield from read_records(stream, file, column)
+        else:
+            yield file, read_text(file)  # the library's own reader changes line ends
+
+
+def read_text(file):
+    content = Path(file).read_bytes()
+    if file.lower().endswith(".gz"):
+        try:
+            content = gzip.decompress(content)
+        except (OSError, EOFError, zlib.error) as error:
+            raise ValueError(f"--input {file}: broken gzip: {error}") from None
+    return prepare.decode_text(file, content)
+
+
+def open_stream(shown, *args, **options):
+    """Records, one after the other, by the `datasets` library. Raises ValueError."""
+    try:
+        import datasets
+    except ImportError:
+        raise ValueError(f"{shown}: the `datasets` library is missing: "
+                         "pip install -r tools/requirements.txt") from None
+    datasets.disable_progress_bars()
+    try:
+        return datasets.load_dataset(*args, streaming=True, **options)
+    except Exception as error:  # the network, a wrong name, a broken file: it has many errors
+        raise ValueError(f"{shown}: {prepare.first_line(error)}") from None
+
+
+def read_records(stream, shown, column):
+    """Yields the documents of a stream of records. Raises ValueError with the record's number."""
+    number, records = 0, iter(stream)
+    while True:
+        number += 1
+        try:
+            record = next(records)
+        except StopIteration:
+            return
+        except Exception as error:
+            message = f"{shown}: cannot read record {number}: {prepare.first_line(error)}"
+            raise ValueError(message) from None
+        if column not in record:
+            raise ValueError(f"--column {column}: not in {shown}, which has {', '.join(record)}")
+        text = record[column]
+        if text is not None and not isinstance(text, str):
+            kind = type(text).__name__
+            raise ValueError(f"--column {column}: record {number} of {shown} has {kind}, not text")
+        yield f"record {number} of {shown}", text or ""
+
+
+# ---- encoding and writing ----
+
+def next_batch(documents, characters):
+    """The next documents, until they have that many characters; none at the end."""
+    batch = []
+    for name, text in documents:
+        if text:  # an empty document is none
+            batch.append((name, text))
+            characters -= len(text)
+        if characters <= 0:
+            break
+    return batch
+
+
+def is_held_out(text, val_fraction):
+    """By the hash of the text's first MiB, which is spread evenly over [0, 1)."""
+    first = text[:2**20].encode()[:2**20]
+    return int(hashlib.sha256(first).hexdigest()[:13], 16) / 16**13 < val_fraction
+
+
+def write_documents(documents, folder, tokenizer, args):
+    """Writes train.bin and val.bin, and returns what is in each side: a Counter of counts."""
+    counts = {"train": Counter(), "val": Counter()}
+    limit, done = args.max_tokens or float("inf"), 0
+    backend = tokenizer.backend_tokenizer
+    end = np.array([tokenizer.eos_token_id], dtype="<u2")
+    with contextlib.ExitStack() as stack:
+        files = {side: stack.enter_context(open(folder / f"{side}.bin", "wb")) for side in counts}
+        bar = stack.enter_context(tqdm(total=args.max_tokens, unit=" tokens", unit_scale=True))
+        # A token has a byte at least, so a batch of as many characters as tokens are missing
+        # hardly reads more than is taken.
+        while batch := next_batch(documents, min(BATCH, limit - done)):
+            texts = [text for _, text in batch]
+            for (name, text), ids, lost in zip(batch, *prepare.encode(texts, backend)):
+                if done + len(ids) + 1 > limit:
+                    return counts
+                prepare.check_lost(name, text, lost, args.allow_unrepresentable)
+                side = "val" if is_held_out(text, args.val_fraction) else "train"
+                files[side].write(np.concatenate([ids, end]).tobytes())
+                counts[side].update(documents=1, tokens=len(ids) + 1, characters=len(text),
+                                    bytes=len(text.encode()), unrepresentable=len(lost))
+                done += len(ids) + 1
+                bar.update(len(ids) + 1)
+    return counts
+
+
+def check_sides(counts, args):
+    """Raises ValueError where one side is empty; says so where it is far from what was asked."""
+    train, val = counts["train"]["tokens"], counts["val"]["tokens"]
+    documents = counts["train"]["documents"] + counts["val"]["documents"]
+    if not documents:
+        raise ValueError("there is no text in it, or none within --max_tokens")
+    if documents == 1:
+        raise ValueError("this is one document, and whole ones are held out; as one text, whose end "
+                         "is held out: python prepare.py --input FILE")
+    if not train or not val:
+        raise ValueError(f"the hashes of all {documents:,} documents put them on one side; give "
+                         "more documents, cut them smaller, or take another --val_fraction")
+    share = val / (train + val)
+    if not args.val_fraction / 2 <= share <= args.val_fraction * 2:
+        prepare.log(f"note: {share:.2%} of the tokens are held out, and --val_fraction asks for "
+                    f"{args.val_fraction:.2%}: whole documents are held out, chosen by hash, and "
+                    "these are few or of very different sizes; give more, or cut long ones smaller")
+
+
+# ---- the command line ----
+
+def parse_args(argv):
+    parser = prepare.new_parser("tools.corpus", __doc__, "data/corpus")
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--input", nargs="+", action="extend", type=prepare.typed_path,
+                        metavar="PATH", help="files, folders, globs")
+    source.add_argument("--dataset", type=prepare.typed_path, metavar="NAME[:CONFIG]",
+                        help="a name on the hub")
+    parser.add_argument("--split", help="of the dataset (default: train)")
+    parser.add_argument("--column", default="text", help="field with the text (default: text)")
+    parser.add_argument("--max_tokens", type=int, metavar="N",
+                        help="stop before the document that would pass N tokens (default: none)")
+    args = parser.parse_args(argv)
+    if args.max_tokens is not None and args.max_tokens < 1:
+        parser.error(f"argument --max_tokens: {args.max_tokens} is not above 0")
+    if args.split and not args.dataset:
+        parser.error("argument --split: goes with --dataset only")
+    if args.dataset and os.path.isfile(args.dataset):
+        parser.error(f"argument --dataset: {args.dataset} is a file; give it as --input")
+    return args
+
+
+def open_documents(args):
+    """The documents that args name, and what they are called in meta.json."""
+    if args.input:
+        files = find_files(args.input)
+        names = [os.path.basename(file) for file in files[:3]]
+        if len(files) > 3:
+            names.append(f"... ({len(files):,} files)")
+        return read_files(files, args.column), ", ".join(names)
+    split, shown = args.split or "train", args.dataset
+    name, _, config = args.dataset.partition(":")
+    if os.path.isdir(args.dataset):  # a copy on this machine, whose folders are nobody's business
+        name, config, shown = args.dataset, None, os.path.basename(os.path.realpath(args.dataset))
+    stream = open_stream(f"--dataset {args.dataset}", name, config or None, split=split)
+    return read_records(stream, shown, args.column), f"{shown}, split {split}"
+
+
+def prepare_corpus(args):
+    """Prepares the documents as args say, and reports. Raises OSError, or ValueError in one line."""
+    began = time.monotonic()
+    with prepare.replacing(args.out_dir) as folder:
+        documents, source = open_documents(args)
+        tokenizer, facts = prepare.prepare_tokenizer(args, source, folder)
+        if tokenizer.eos_token_id is None:
+            raise ValueError(f"--tokenizer {facts['tokenizer']}: it has no end-of-text token to set "
+                             "between documents; give it an eos_token")
+        counts = write_documents(documents, folder, tokenizer, args)
+        check_sides(counts, args)
+        total = counts["train"] + counts["val"]
+        facts |= {key: total[key] for key in ("documents", "characters", "bytes", "unrepresentable")}
+        meta = prepare.write_meta(folder, tokenizer, facts | {
+            "val_characters": counts["val"]["characters"], "val_bytes": counts["val"]["bytes"],
+            "split": "val is whole documents, chosen by the sha256 of the first MiB of each"})
+    prepare.report(args.out_dir, meta, tokenizer, time.monotonic() - began)
+
+
+def main(argv=None):
+    with prepare.command("tools.corpus"):
+        args = parse_args(argv)
+        prepare_corpus(args)
+        prepare.print_next(args.out_dir)
+
+
+if __name__ == "__main__":
+    main()
