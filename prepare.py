@@ -38,6 +38,7 @@ TOKENIZER_REVISION = "93efa2f097d58c2a74874c7e644dbc9b0cee75a2"
 SPECIAL_TOKENS = """<|endoftext|> <|im_start|> <|im_end|> <repo_name> <reponame> <file_sep>
     <filename> <gh_stars> <issue_start> <issue_comment> <issue_closed> <jupyter_start>
     <jupyter_text> <jupyter_code> <jupyter_output> <jupyter_script> <empty_output>""".split()
+WRITTEN = ("train.bin", "val.bin", "meta.json", "tokenizer")  # what is ours to replace
 CORPUS = (".jsonl", ".json", ".parquet", ".arrow")  # files of many documents
 PIECE = 2**12  # characters encoded as one string; longer ones are slower (the encoder's caches)
 BATCH = 2**10  # pieces handed to all cores at once
@@ -225,7 +226,7 @@ def stand_in_tokenizer():
 
 
 def choose_text(path):
-    """The text in a file and its name; for None, Tiny Shakespeare or what stands in for it."""
+    """A file's text and name; without a path, Tiny Shakespeare or what stands in for it."""
     if path:
         return read_text(path), Path(path).name
     try:
@@ -250,20 +251,24 @@ def choose_tokenizer(wanted):
         raise ValueError(f"--tokenizer {wanted}: {problem}") from None
 
 
+def holds_real_data(out_dir):
+    """Whether a meta.json that can be read says so."""
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        return not json.loads(Path(out_dir, "meta.json").read_bytes()).get("stand_in")
+
+
 def prepare_tokenizer(args, source, folder):
     """Chooses the tokenizer and writes its files. Returns (tokenizer, facts for meta.json).
 
     Raises ValueError where it cannot be used, or would bring a stand-in in place of real data.
     """
-    (tokenizer, name), old = choose_tokenizer(args.tokenizer), None
+    tokenizer, name = choose_tokenizer(args.tokenizer)
     stand_ins = {"text": source, "tokenizer": name}
     stand_ins = [key for key, value in stand_ins.items() if value.startswith("stand-in: ")]
     if max(tokenizer.get_vocab().values()) >= 2**16:
         raise ValueError(f"--tokenizer {name}: its {len(tokenizer):,} tokens do not fit uint16; "
                          "choose one of at most 65,536")
-    with contextlib.suppress(OSError, ValueError):  # what is missing or damaged may be replaced
-        old = open_data(args.out_dir)
-    if stand_ins and old and not old.meta["stand_in"]:
+    if stand_ins and holds_real_data(args.out_dir):
         raise ValueError(f"--out_dir {args.out_dir}: its real data stay, since there is no real "
                          f"{stand_ins[0]}; give one (--input, --tokenizer) or another folder")
     try:
@@ -342,12 +347,13 @@ def lost_places(piece, back, backend):
 
 def check_lost(name, text, places, allowed):
     """Raises ValueError where characters of a text are lost, unless that is allowed."""
+    if not places:
+        return
     shown = "; ".join(f"U+{ord(text[i]):04X} at character {i:,}" for i in places[:5])
-    message = f"{name}: without a token (count {len(places):,}): {shown}"
-    if places and not allowed:
-        raise ValueError(f"{message}. Remove them, or drop them with --allow_unrepresentable")
-    if places:
-        log(f"dropped from {message}")
+    message = f"no token for characters of {name}, {len(places):,} in all: {shown}"
+    if not allowed:
+        raise ValueError(f"{message}; remove them, or drop them with --allow_unrepresentable")
+    log(f"dropped: {message}")
 
 
 # ---- writing: a new folder, then two renames ----
@@ -369,11 +375,12 @@ def recover(out_dir, old):
 def replacing(out_dir):
     """A folder to write in, which then takes the place of out_dir; after an error nothing did."""
     out_dir = Path(os.path.realpath(out_dir))  # of a link, what it leads to is replaced
-    new, old, lock = (out_dir.with_name(f".{out_dir.name}.{end}") for end in ("new", "old", "lock"))
     if Path.cwd().is_relative_to(out_dir):  # the shell would be left in a folder that is gone
         raise ValueError(f"--out_dir {out_dir}: this is where you are; name a folder below it")
+    new = out_dir.with_name(f".{out_dir.name}.new")
+    old = out_dir.with_name(f".{out_dir.name}.old")
     out_dir.parent.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(lock, timeout=0)
+    lock = FileLock(out_dir.with_name(f".{out_dir.name}.lock"), timeout=0)
     try:
         lock.acquire()
     except Timeout:
@@ -399,16 +406,14 @@ def replacing(out_dir):
 
 def check_is_ours(out_dir):
     """Raises ValueError where out_dir is anything that prepare.py did not make."""
-    if not out_dir.exists():
-        return
-    names = set(os.listdir(out_dir))
-    strange = names - {"train.bin", "val.bin", "meta.json", "tokenizer"}
-    if "meta.json" not in names:
-        strange = names
+    strange = []
+    if out_dir.exists():
+        strange = sorted(os.listdir(out_dir))
+    if "meta.json" in strange:
+        strange = [name for name in strange if name not in WRITTEN]
     if strange:
-        what = ", ".join(sorted(strange)[:3])
-        raise ValueError(f"--out_dir {out_dir}: holds {what}, not made by prepare.py, and is left "
-                         "as it is; name another folder")
+        raise ValueError(f"--out_dir {out_dir}: holds {', '.join(strange[:3])}, not made by "
+                         "prepare.py, and is left as it is; name another folder")
 
 
 # ---- the command line ----
@@ -441,13 +446,19 @@ def fail(program, message, code=1):
     raise SystemExit(code)
 
 
+def progress(total, unit):
+    """A bar for work that takes more than three seconds."""
+    return tqdm(total=total, unit=unit, unit_scale=True, leave=False, delay=3, mininterval=1)
+
+
 def first_line(error):
     """What an error says; libraries like to add paragraphs."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def stop(signum, frame):
-    raise KeyboardInterrupt(signum)
+    log(f"stopped by {signal.Signals(signum).name}")
+    raise SystemExit(128 + signum)
 
 
 @contextlib.contextmanager
@@ -457,8 +468,8 @@ def command(program):
     signal.signal(signal.SIGTERM, stop)
     try:
         yield
-    except KeyboardInterrupt as stopped:
-        fail(program, "stopped by a signal", 128 + max(signal.SIGINT, *stopped.args))
+    except KeyboardInterrupt:
+        fail(program, "stopped by Ctrl-C", 130)
     except (OSError, ValueError, MemoryError) as error:
         fail(program, first_line(error))
 
@@ -503,14 +514,13 @@ def parse_args(argv):
     for flag in ("--dataset", "--split", "--column", "--max_tokens"):
         parser.add_argument(flag, help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
-    many = args.dataset or args.split or args.column or args.max_tokens
-    for path in args.input or []:
-        is_pattern = glob.has_magic(path) and not os.path.exists(path)
-        many = many or is_pattern or os.path.isdir(path) or path.lower().endswith(CORPUS)
-    if many or len(args.input or []) > 1:
-        command_line = shlex.join(["python", "-m", "tools.corpus", *argv])
-        parser.error(f"this is more than one text; for many documents: {command_line}")
-    args.input = (args.input or [None])[0]
+    first, *more = args.input or [""]
+    is_pattern = glob.has_magic(first) and not os.path.exists(first)
+    is_corpus = more or is_pattern or os.path.isdir(first) or first.lower().endswith(CORPUS)
+    if is_corpus or args.dataset or args.split or args.column or args.max_tokens:
+        corpus = shlex.join(["python", "-m", "tools.corpus", *argv])
+        parser.error(f"this is more than one text; for many documents: {corpus}")
+    args.input = first
     return args
 
 
@@ -523,15 +533,15 @@ def prepare(args):
         text, source = choose_text(args.input)
         tokenizer, facts = prepare_tokenizer(args, source, folder)
         end = int((1 - args.val_fraction) * len(text))  # by default nanoGPT's int(0.9 * len(text))
-        with tqdm(total=len(text), unit=" characters", unit_scale=True, leave=False) as bar:
+        with progress(len(text), " characters") as bar:
             ids, lost = encode([text[:end], text[end:]], tokenizer.backend_tokenizer, bar)
         lost = lost[0] + [end + place for place in lost[1]]
         check_lost(source, text, lost, args.allow_unrepresentable)
         if min(len(ids[0]), len(ids[1])) < 2:
             raise ValueError(f"{source} is too short: {len(ids[0])} tokens to train and "
                              f"{len(ids[1])} held out; give more, or another --val_fraction")
-        ids[0].tofile(folder / "train.bin")
-        ids[1].tofile(folder / "val.bin")
+        (folder / "train.bin").write_bytes(ids[0])
+        (folder / "val.bin").write_bytes(ids[1])
         meta = write_meta(folder, tokenizer, facts | {
             "documents": 1, "characters": len(text), "bytes": len(text.encode()),
             "val_characters": len(text) - end, "val_bytes": len(text[end:].encode()),

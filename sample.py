@@ -1,9 +1,9 @@
 """Writes text with a trained model, as it comes.
 
-    python sample.py --prompt "ROMEO:"                                  # the newest checkpoint in out/
+    python sample.py --prompt "ROMEO:"                            # the newest checkpoint in out/
     python sample.py --prompt "Once" --checkpoint best --temperature 0.7 --num_samples 3
     python sample.py --prompt "Gravity is" --checkpoint HuggingFaceTB/SmolLM2-135M
-    echo "To be" | python sample.py --prompt -                          # from standard input
+    echo "To be" | python sample.py --prompt -                    # from standard input
 
 The text goes to standard output, all else to standard error. The same seed gives the same text.
 """
@@ -40,7 +40,7 @@ def parse_args(argv):
     parser.error = lambda message: fail(message, 2)
     add = parser.add_argument
     add("--prompt", default="\n", help="text to continue; - reads standard input [a line break]")
-    add("--checkpoint", default="out", help="a file, an out_dir (its newest), 'best' or OUT_DIR/best, "
+    add("--checkpoint", default="out", help="a file, an out_dir (its newest), best, OUT_DIR/best, "
         "a folder in Hugging Face's format, or a hub name [out]")
     add("--temperature", type=number(float, 0, 1e6), default=0.8,
         help="below 1 likelier, above 1 wilder tokens; 0: always the likeliest [0.8]")
@@ -52,7 +52,7 @@ def parse_args(argv):
     add("--seed", type=number(int, 0, 2**63 - 1), default=1337, help="of the choices [1337]")
     add("--max_new_tokens", type=number(int, 1, 2**31), default=200, help="at most [200]")
     add("--num_samples", type=number(int, 1, 4096), default=1, help="texts, made in one batch [1]")
-    add("--stop", action="append", default=[], metavar="TEXT", help="end before this text; repeatable")
+    add("--stop", action="append", default=[], metavar="TEXT", help="end before this text")
     add("--device", default="auto", help="auto, cpu, cuda, mps [auto]")
     add("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"),
         help="[auto: bfloat16 where the machine has it]")
@@ -63,7 +63,7 @@ def parse_args(argv):
 
 
 def load(checkpoint):
-    """(model, tokenizer, state) of a checkpoint, of a folder in Hugging Face's format, or of the hub.
+    """(model, tokenizer, state) of a checkpoint, a folder in Hugging Face's format, or a hub name.
 
     state: the checkpoint's dict, with its path as "file"; None for the others. Raises ValueError,
     in one line, where there is nothing to load. The hub is asked only for USER/NAME as typed."""
@@ -92,7 +92,7 @@ def load(checkpoint):
 
 
 def tokenizer_folder(file, state):
-    """Where the tokenizer of a checkpoint's run lies. Raises ValueError where it is gone, or another."""
+    """Where the tokenizer of a checkpoint's run lies. Raises ValueError if it is gone."""
     places = [file.parent / "tokenizer", Path(state["config"]["data_dir"], "tokenizer")]
     for folder in places:
         tokenizer = folder / "tokenizer.json"
@@ -105,7 +105,7 @@ def tokenizer_folder(file, state):
 
 
 class Streamer:
-    """Turns the ids of one text, as they come, into text: whole characters, and none of a stop text."""
+    """Turns the ids of one text into text as they come: whole characters, no stop text."""
 
     def __init__(self, tokenizer, prompt, stops):
         from tokenizers.decoders import DecodeStream
@@ -155,7 +155,7 @@ def write(streams, tokens, eos):
 
 def main(argv=None):
     args = parse_args(argv)
-    signal.signal(signal.SIGINT, lambda *_: os._exit(130))  # Ctrl-C ends a text one has seen enough of
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))  # how one ends a text one has seen
     try:
         prompt = args.prompt
         if prompt == "-":
@@ -175,17 +175,18 @@ def main(argv=None):
     except ValueError as e:
         fail(f"--checkpoint: {e}")
     if state:
-        print(f"{state['file']}: step {state['step']}{advice(args.checkpoint, state)}", file=sys.stderr)
+        print(f"{state['file']}: step {state['step']}{advice(state)}", file=sys.stderr)
     if device.type == "cpu":
         keep_freed_memory()
     model = model.to(device, dtype).eval()
     eos = tokenizer.eos_token_id
     ids = tokenizer.encode(prompt, add_special_tokens=False) or [eos]
-    if len(ids) + args.max_new_tokens > model.config.max_position_embeddings:
-        fail(f"a prompt of {len(ids)} tokens and {args.max_new_tokens} new ones do not fit into the model's "
-             f"{model.config.max_position_embeddings} positions: lower --max_new_tokens")
-    tokens = generate(model, torch.tensor([ids] * args.num_samples, device=device), args.max_new_tokens,
-                      worth_compiling(device, args.max_new_tokens), temperature=args.temperature,
+    n, limit = args.max_new_tokens, model.config.max_position_embeddings
+    if len(ids) + n > limit:
+        fail(f"a prompt of {len(ids)} tokens and {n} new ones do not fit into the model's {limit} "
+             "positions: lower --max_new_tokens")
+    idx = torch.tensor([ids] * args.num_samples, device=device)  # (num_samples, T)
+    tokens = generate(model, idx, n, worth_compiling(device, n), temperature=args.temperature,
                       top_k=min(args.top_k, model.config.vocab_size), top_p=args.top_p,
                       repetition_penalty=args.repetition_penalty,
                       generator=torch.Generator(device).manual_seed(args.seed))
@@ -206,12 +207,12 @@ def main(argv=None):
             print(f"--- {i}\n{text}")
 
 
-def advice(checkpoint, state):
+def advice(state):
     """A hint where the best held-out loss was before the checkpoint that is taken."""
-    best = state["best"]
+    best, folder = state["best"], state["file"].parent
     if not best or best["step"] >= state["step"]:
         return ""
-    return f" (the held-out loss was lowest at step {best['step']}: --checkpoint {state['file'].parent}/best)"
+    return f" (the held-out loss was lowest at step {best['step']}: --checkpoint {folder}/best)"
 
 
 if __name__ == "__main__":

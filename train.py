@@ -10,6 +10,7 @@ import argparse
 import ast
 import difflib
 import hashlib
+import importlib.metadata
 import json
 import math
 import os
@@ -31,6 +32,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils import collect_env
 from tqdm import tqdm
 
 import prepare
@@ -73,7 +75,7 @@ class TrainConfig(SmolLM2Config):
     eval_tokens: int = key(1_000_000, "held-out tokens it reads at most", free=True)
     sample_interval: int = key(500, "a text in out_dir/samples", zero=True, free=True)
     checkpoint_interval: int = key(250, "a checkpoint; every end makes one", zero=True, free=True)
-    keep_checkpoints: int = key(2, "newest that stay beside the best (0: all)", zero=True, free=True)
+    keep_checkpoints: int = key(2, "newest kept beside the best (0: all)", zero=True, free=True)
     # the machine: what these change is told by Machine.fingerprint
     device: str = key("auto", "auto, cpu, cuda, cuda:1, mps", free=True)
     dtype: str = key("auto", "of the products; weights and optimizer stay float32", free=True,
@@ -266,10 +268,12 @@ def train(run, net, data, config, machine, log, stop):
         batch = get_batch(data, config, machine, run)
         loss, norm = train_step(net, run, batch, config, machine, stop)
         run.advance(data)
-        run.seconds += time.perf_counter() - began
+        seconds = time.perf_counter() - began
+        run.seconds += seconds
         row = {"step": run.step, "loss": loss, "lr": factor * config.learning_rate,
                "grad_norm": norm if math.isfinite(norm) else None,
-               "tokens": run.tokens, "seconds": run.seconds}
+               "tokens": run.tokens, "seconds": run.seconds,
+               "tokens_per_sec": config.batch_size * config.block_size / seconds}
 
         is_best = False
         if is_due(run.step, config.eval_interval):
@@ -277,7 +281,7 @@ def train(run, net, data, config, machine, log, stop):
             is_best = run.best is None or row["val_loss"] < run.best["val_loss"]
             if is_best:
                 run.best = {"step": run.step, "val_loss": row["val_loss"]}
-        if machine.rank == 0:
+        if log:  # (of several processes only the first one has it)
             log.step(row, run)
             if is_due(run.step, config.sample_interval):
                 log.sample(write_sample(run, data, config, machine), run)
@@ -285,7 +289,8 @@ def train(run, net, data, config, machine, log, stop):
         # A best step is saved between two checkpoints, too, unless there are to be none.
         if is_due(run.step, config.checkpoint_interval) or is_best and config.checkpoint_interval:
             save(run, data, config, machine, log)
-    log.bar.close()
+    if log:
+        log.bar.close()
     if run.saved_step != run.step:
         save(run, data, config, machine, log)
 
@@ -346,10 +351,10 @@ class Run:
 # ------------------------------------------------------------------------------------- log and stop
 
 
-def show(text):
+def show(text, file=None):
     """Prints above the progress bar; of several processes only the first one does."""
     if os.environ.get("RANK", "0") == "0":
-        tqdm.write(text)
+        tqdm.write(text, file=file)
 
 
 class Log:
@@ -361,51 +366,46 @@ class Log:
             "grad_norm": "optimizer/grad_norm", "tokens_per_sec": "speed/tokens_per_sec"}
 
     def __init__(self, config, run, data):
-        self.config, self.meta, self.events = config, data.meta, None
-        self.shown = (run.step, run.tokens, run.seconds)  # at the last line
-        self.seen = self.shown  # at the last step
+        self.config, self.meta, self.first_step = config, data.meta, run.step + 1
         self.bar = tqdm(total=config.max_steps, initial=run.step, disable=not sys.stderr.isatty(),
                         dynamic_ncols=True, bar_format="{percentage:3.0f}%|{bar}| "
                         "{n_fmt}/{total_fmt}, {remaining} left{postfix}")
         out = Path(config.out_dir).resolve()
         self.metrics = open_metrics(out / "metrics.jsonl", run.step)
-        with suppress(ImportError):
+        self.events = None
+        with suppress(ImportError):  # TensorBoard is not installed
             from torch.utils.tensorboard import SummaryWriter
             self.events = SummaryWriter(out / "tensorboard" / out.name, purge_step=run.step + 1)
             self.events.add_custom_scalars({"loss": {"both": ["Multiline", ["loss/.*"]]}})
-            recipe = [f"    {name} = {value!r}" for name, value in asdict(config).items()]
-            self.events.add_text("recipe", "\n".join(recipe), run.step)
+            self.events.add_text("recipe", f"```\n{json.dumps(asdict(config), indent=1)}\n```")
 
     def step(self, row, run):
-        row["tokens_per_sec"] = (run.tokens - self.seen[1]) / (run.seconds - self.seen[2])
-        self.seen = (run.step, run.tokens, run.seconds)
         self.metrics.write(json.dumps(row).encode() + b"\n")
         for name in self.TAGS.keys() & row.keys():
             if self.events and row[name] is not None:
                 self.events.add_scalar(self.TAGS[name], row[name], run.step)
         if "val_loss" in row:
             self.held_out(row["val_loss"], run)
-        seconds = run.seconds - self.shown[2]
-        speed = f"{(run.tokens - self.shown[1]) / seconds:,.0f} tok/s"
-        loss = f"loss {row['loss']:.4f}"
-        details = f"lr {row['lr']:.2e} | norm {row['grad_norm'] or math.inf:.2f}"
+        loss, speed = f"loss {row['loss']:.4f}", f"{row['tokens_per_sec']:,.0f} tok/s"
+        norm = math.inf if row["grad_norm"] is None else row["grad_norm"]
+        details = f"{loss} | lr {row['lr']:.2e} | norm {norm:.2f} | {speed}"
         is_wide = shutil.get_terminal_size().columns >= 120
-        self.bar.set_postfix_str(f"{loss} | {details} | {speed}" if is_wide else f"{loss}, {speed}")
+        self.bar.set_postfix_str(details if is_wide else f"{loss}, {speed}", refresh=False)
         self.bar.update()
-        if is_due(run.step, self.config.log_interval) or run.step == self.bar.initial + 1:
-            left = (self.config.max_steps - run.step) * seconds / (run.step - self.shown[0])
-            times = f"{clock(run.seconds)} trained, {clock(left)} left"
-            if self.bar.disable:
-                show(f"step {run.step}/{self.config.max_steps} | {loss} | {details} | {speed} | {times}")
-            self.shown = self.seen
+        is_shown = run.step == self.first_step or is_due(run.step, self.config.log_interval)
+        if is_shown and self.bar.disable:
+            steps = self.config.max_steps - run.step
+            left = steps * self.config.batch_size * self.config.block_size / row["tokens_per_sec"]
+            show(f"step {run.step}/{self.config.max_steps} | {details} | "
+                 f"{clock(run.seconds)} trained, {clock(left)} left")
 
     def held_out(self, loss, run):
         bits = loss / math.log(2) * self.meta["val_tokens"] / max(1, self.meta["val_bytes"])
         stand_in = self.meta.get("stand_in")
         note = f" (on STAND-IN data: {stand_in})" if stand_in else ""
-        show(f"step {run.step}: held-out loss {loss:.4f}, perplexity {math.exp(min(loss, 99)):.2f}, "
-             f"{bits:.4f} bits per byte; best {run.best['val_loss']:.4f} "
-             f"at step {run.best['step']}{note}")
+        show(f"step {run.step}: held-out loss {loss:.4f}, {bits:.4f} bits per byte, perplexity "
+             f"{math.exp(min(loss, 99)):.2f}; best {run.best['val_loss']:.4f} at step "
+             f"{run.best['step']}{note}")
 
     def sample(self, text, run):
         show(f"--- sample at step {run.step}\n{text}\n---")
@@ -433,7 +433,7 @@ def open_metrics(path, step):
 
 
 class Stop:
-    """The first SIGINT, SIGTERM or SIGHUP asks for a stop after the step; then Ctrl-C leaves at once.
+    """The first SIGINT, SIGTERM or SIGHUP asks for a stop after the step; a second Ctrl-C leaves.
 
     asked: this process, or (agreed on in a step) all of several, will stop. Before training()
     there is nothing to save, and one process leaves at once; several by the system's own handler,
@@ -510,7 +510,8 @@ def read_checkpoint(path, **kwargs):
                 raise TypeError(f"{name} = {value!r}")
         with torch.device("meta"):
             model = SmolLM2(TrainConfig(**state["config"]))
-        model.load_state_dict(state["model"], assign=True)  # raises for other names or shapes
+        # Raises for other names or shapes. (Of a copy: torch leaves a note on what it assigns.)
+        model.load_state_dict(dict(state["model"]), assign=True)
         best = state["best"] or {"step": 0, "val_loss": 0.0}
         counts = [state[name] for name in ("step", "epoch", "sequence", "tokens")]
         is_plain = (all(isinstance(n, int) and n >= 0 for n in (*counts, best["step"]))
@@ -545,6 +546,8 @@ def load_checkpoint(source, **kwargs):
         source, state = source.parent, load_checkpoint(source.parent, mmap=True)[1]
         if state["best"]:  # else nothing was evaluated, and the newest is as good as any
             source = source / f"step_{state['best']['step']:06d}.pt"
+            if not source.exists():
+                raise ValueError(f"the checkpoint of the best step is gone: {source}")
     paths = checkpoints(source)[::-1] if source.is_dir() else [source]
     if not paths or not paths[0].exists():
         raise FileNotFoundError(f"there is no checkpoint {source}")
@@ -552,7 +555,8 @@ def load_checkpoint(source, **kwargs):
         try:
             return path, read_checkpoint(path, **kwargs)
         except (ValueError, OSError) as e:
-            show(f"{e}, trying the one before" if path != paths[-1] else str(e))
+            text = f"{e}, trying the one before" if path != paths[-1] else str(e)
+            show(text, file=sys.stderr)
     raise ValueError(f"no whole checkpoint in {source}")
 
 
@@ -581,8 +585,9 @@ def save(run, data, config, machine, log):
     if machine.rank == 0:
         out = Path(config.out_dir)
         log.flush()
-        write_checkpoint(out / f"step_{run.step:06d}.pt", {
-            **run.state(), "rng": rng, "data": data.fingerprint(), "machine": machine.fingerprint()})
+        state = {**run.state(), "rng": rng, "data": data.fingerprint(),
+                 "machine": machine.fingerprint()}
+        write_checkpoint(out / f"step_{run.step:06d}.pt", state)
         kept = {step_of(path) for path in checkpoints(out)[-config.keep_checkpoints:]}
         if run.best:
             kept.add(run.best["step"])
@@ -616,7 +621,9 @@ class Machine:
         name, versions = torch.backends.cpu.get_cpu_capability(), {}
         if self.device.type == "cuda":
             name = torch.cuda.get_device_name(self.device)
-            versions = {"cuda": torch.version.cuda, "driver": torch._C._cuda_getDriverVersion()}
+            driver = collect_env.get_nvidia_driver_version(collect_env.run)
+            versions = {"cuda": torch.version.cuda, "driver": driver,
+                        "triton": importlib.metadata.version("triton")}
         return {"torch": str(torch.__version__), **versions, "compile": self.compile,
                 "device": f"{self.device.type} ({name})", "dtype": str(self.dtype)[6:],
                 "deterministic": self.deterministic, "threads": torch.get_num_threads(),
@@ -664,7 +671,8 @@ def set_up_machine(config):
     if config.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
-        torch.utils.deterministic.fill_uninitialized_memory = False  # nothing here reads such memory
+        # Nothing here reads memory that it did not write: filling it would only cost time.
+        torch.utils.deterministic.fill_uninitialized_memory = False
     problem = compiler_problem(device) if config.compile else "as asked"
     compiled = f"not compiled ({problem})" if problem else "compiled"
     because = f" ({reason})" if reason else ""
@@ -690,7 +698,7 @@ def read_value(f, text):
             return {"true": True, "1": True, "false": False, "0": False}[text.lower()]
         if f.type is not str:
             return f.type(text)
-        if text.isprintable():
+        if text.isprintable() and (text or f.metadata.get("zero")):
             return os.path.expanduser(text)
     raise argparse.ArgumentTypeError(f"{text!r}: expected {f.type.__name__}")
 
@@ -726,13 +734,15 @@ def parse_args(argv):
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = usage_error
     parser.add_argument("recipe", nargs="?", help="a file of plain assignments to the keys below")
-    parser.add_argument("--resume", nargs="?", const="", metavar="PATH", help="go on from the newest "
-                        "checkpoint in out_dir or the folder PATH, or from the file PATH; auto: if any")
+    parser.add_argument("--resume", nargs="?", const="", metavar="PATH", help="go on from the "
+                        "newest checkpoint in out_dir or the folder PATH, or from the file PATH; "
+                        "auto: if there is one")
     parser.add_argument("--overwrite", action="store_true", help="delete the run in out_dir first")
     group = parser.add_argument_group("keys, here or in a recipe")
     for f in KEYS.values():
+        kind, text = f.type.__name__.upper(), f"{f.metadata['help']} [{f.default}]"
         group.add_argument(f"--{f.name}", type=partial(read_value, f), default=argparse.SUPPRESS,
-                           metavar=f.type.__name__.upper(), help=f"{f.metadata['help']} [{f.default}]")
+                           metavar=kind, help=text)
     args, rest = parser.parse_known_args(argv)
     if args.recipe:
         args, rest = parser.parse_known_args(read_recipe(args.recipe) + list(argv or sys.argv[1:]))
@@ -769,11 +779,10 @@ def check(config, world_size):
                  ("num_attention_heads", c.num_attention_heads,
                   "num_key_value_heads", c.num_key_value_heads),
                  ("batch_size", c.batch_size, "processes", world_size),
-                 ("batch_size a process", share, "micro_batch_size", c.micro_batch_size or 1)]
+                 ("sequences of a process", share, "micro_batch_size", c.micro_batch_size or 1)]
     limits = [("block_size", c.block_size, "max_position_embeddings", c.max_position_embeddings),
               ("min_lr", c.min_lr, "learning_rate", c.learning_rate),
-              ("beta1", c.beta1, "the largest float below 1", math.nextafter(1, 0)),
-              ("beta2", c.beta2, "the largest float below 1", math.nextafter(1, 0))]
+              ("beta1", c.beta1, "allowed", 0.99999), ("beta2", c.beta2, "allowed", 0.99999)]
     wrong += [f"{a} = {x}: not a multiple of {b} = {y}" for a, x, b, y in multiples if x % y]
     wrong += [f"{a} = {x}: more than {b} = {y}" for a, x, b, y in limits if x > y]
     if c.hidden_size // c.num_attention_heads % 2:
@@ -793,7 +802,7 @@ def find_run(overrides, args):
     source = Path(args.resume).expanduser()
     folder = source if source.is_dir() else source.parent
     if "out_dir" in overrides and folder.resolve() != out.resolve():
-        usage_error(f"--resume={source} goes on in {folder}, not in out_dir = {out}: give one of them")
+        usage_error(f"--resume={source} goes on in {folder}, not in out_dir = {out}: give one")
     return folder, source
 
 
@@ -820,52 +829,53 @@ def load_run(out, source, overrides, args):
     for name in (*SIZES, "optimizer"):
         if getattr(config, name) != old[name]:
             sys.exit(f"train.py: {path} holds a run with {name} = {old[name]}, not "
-                     f"{getattr(config, name)}: leave {name} out, or start a run in another --out_dir")
+                     f"{getattr(config, name)}: leave it out, or start a run in another --out_dir")
     show(f"going on from {path} (step {state['step']})")
     return config, state
 
 
 def open_data(config, overrides, state, machine):
-    """Opens data_dir, preparing it if it is the default and missing; the run's own, if it has one."""
+    """Opens data_dir; makes the default one where it is missing. Ends the program if unfit."""
     folder = Path(config.data_dir)
     is_default = folder == Path(prepare.DEFAULT_OUT_DIR)
-    if machine.rank == 0 and is_default and not (folder / "meta.json").exists():
-        show(f"{folder} is missing: preparing it")
-        prepare.prepare(prepare.parse_args([]))
-    if machine.world_size > 1:
-        dist.barrier()
     try:
+        if machine.rank == 0 and is_default and not (folder / "meta.json").exists():
+            show(f"{folder} is missing: preparing it")
+            prepare.prepare(prepare.parse_args([]))
+        if machine.world_size > 1:
+            dist.barrier()
         data = prepare.open_data(folder)
     except FileNotFoundError:
         usage_error(f"data_dir = {config.data_dir!r} holds no prepared data: python prepare.py "
                     f"--input FILE --out_dir {shlex.quote(config.data_dir)}")
     except ValueError as e:
-        sys.exit(f"train.py: {folder} is damaged: {e}; make it again with prepare.py")
-    if data.meta["vocab_size"] > config.vocab_size:
-        sys.exit(f"train.py: {folder} has ids up to {data.meta['vocab_size'] - 1}, but vocab_size = "
+        sys.exit(f"train.py: {e}; make the data again with prepare.py")
+    largest, n, T = data.meta["vocab_size"] - 1, len(data.train), config.block_size
+    if largest >= config.vocab_size:
+        sys.exit(f"train.py: {folder} has ids up to {largest}, but vocab_size = "
                  f"{config.vocab_size}: raise it, or prepare with another tokenizer")
-    if len(data.train) <= config.block_size or len(data.val) < 2:
-        sys.exit(f"train.py: {folder} has {len(data.train)} training tokens, but block_size = "
-                 f"{config.block_size} needs {config.block_size + 1}: lower it, or prepare more text")
-    old, new = state and state["data"], data.fingerprint()
-    if state and old["tokenizer"] != new["tokenizer"]:
-        sys.exit(f"train.py: {folder} has another tokenizer than this run: its ids mean other texts; "
-                 "restore the data, or start a new run in another --out_dir")
-    if state and old != new and "data_dir" not in overrides:
-        sys.exit(f"train.py: {folder} is not the data that this run was trained on: restore it, or name "
-                 f"it with --data_dir={shlex.quote(config.data_dir)} to go on with it all the same")
+    if n <= T or len(data.val) < 2:
+        sys.exit(f"train.py: {folder} has {n} training tokens, but block_size = {T} needs {T + 1}: "
+                 "lower it, or prepare more text")
+    new = data.fingerprint()
+    old = state["data"] if state else new
+    if old["tokenizer"] != new["tokenizer"]:
+        sys.exit(f"train.py: {folder} has another tokenizer than this run, and its ids mean other "
+                 "texts: restore the data, or start a new run in another --out_dir")
+    if old != new and "data_dir" not in overrides:
+        sys.exit(f"train.py: {folder} is not the data that this run was trained on: restore it, or "
+                 f"name it with --data_dir={shlex.quote(config.data_dir)} to go on all the same")
     return data
 
 
 def name_changes(state, config, data, machine):
     """Says what is no longer as the checkpoint had it, so that the bits cannot be the same."""
-    now = machine.fingerprint()
-    changes = [f"{name} {state['machine'].get(name)} → {now[name]}" for name in now
-               if state["machine"].get(name) != now[name]]
-    changes += [f"{name} {state['config'][name]} → {getattr(config, name)}" for name, f in KEYS.items()
-                if not f.metadata.get("free") and state["config"][name] != getattr(config, name)]
-    if state["data"] != data.fingerprint():
-        changes.append(f"data {state['data']['train']} → {data.fingerprint()['train']}")
+    bending = [name for name, f in KEYS.items() if not f.metadata.get("free")]
+    old = {name: state["config"][name] for name in bending} | state["machine"]
+    now = {name: getattr(config, name) for name in bending} | machine.fingerprint()
+    old["data"], now["data"] = state["data"]["train"], data.fingerprint()["train"]
+    changes = [f"{name} {old.get(name)} → {value}" for name, value in now.items()
+               if old.get(name) != value]
     if changes:
         show(f"no longer the same run to the bit, since these differ: {', '.join(sorted(changes))}")
 
@@ -905,18 +915,18 @@ def git_commit():
 
 
 def show_banner(config, run, data, machine):
-    T, meta = config.block_size, data.meta
+    B, T, meta = config.batch_size, config.block_size, data.meta
     n = sum(p.numel() for p in run.parameters)
-    epochs = config.max_steps * config.batch_size / blocks_per_epoch(len(data.train), T)
-    flops = config.max_steps * config.batch_size * T * run.model.flops_per_token(T, causal=True)
-    show(f"device   {machine.device}, threads {torch.get_num_threads()}, processes {machine.world_size}, "
-         f"{machine.reason}\n"
+    epochs = config.max_steps * B / blocks_per_epoch(len(data.train), T)
+    flops = config.max_steps * B * T * run.model.flops_per_token(T, causal=True)
+    show(f"device   {machine.device}, threads {torch.get_num_threads()}, "
+         f"processes {machine.world_size}, {machine.reason}\n"
          f"data     {data.folder}: {meta['source']}; {len(data.train):,} training and "
          f"{len(data.val):,} held-out tokens\n"
          f"model    {n:,} parameters\n"
-         f"run      steps {run.step} to {config.max_steps}, {config.batch_size} x {T} = "
-         f"{config.batch_size * T:,} tokens a step, {epochs:.1f} epochs, {flops:.2e} FLOPs\n"
-         f"writes   {config.out_dir}/: checkpoints of {12 * n / 1e9:.2f} GB, metrics.jsonl, samples/")
+         f"run      steps {run.step} to {config.max_steps}, {B} x {T} = {B * T:,} tokens a step, "
+         f"{epochs:.1f} epochs, {flops:.2e} FLOPs\n"
+         f"writes   {config.out_dir}/: checkpoints of {12 * n / 1e9:.2f} GB, metrics, samples")
     if meta.get("stand_in"):
         show(f"*** STAND-IN DATA ({meta['stand_in']}): fine for a try, not for results. "
              "python prepare.py makes the real. ***")
@@ -925,7 +935,7 @@ def show_banner(config, run, data, machine):
 
 
 def set_up(out, source, overrides, args):
-    """(config, run, net, data, machine), all that the loop needs, with the checkpoint's state in it."""
+    """(config, run, net, data, machine): all that the loop needs, as the checkpoint left it."""
     config, state = load_run(out, source, overrides, args)
     model = None
     if config.init_from and not state:
@@ -933,12 +943,13 @@ def set_up(out, source, overrides, args):
             model = from_pretrained(config.init_from)
         except ValueError as e:
             sys.exit(f"train.py: init_from: {e}")
+        sizes = {name: getattr(model.config, name) for name in SIZES}
         for name in SIZES:
-            if overrides.get(name, getattr(model.config, name)) != getattr(model.config, name):
-                usage_error(f"{name} = {overrides[name]}: init_from has {getattr(model.config, name)}")
-        config = replace(config, **{name: getattr(model.config, name) for name in SIZES})
+            if overrides.get(name, sizes[name]) != sizes[name]:
+                usage_error(f"{name} = {overrides[name]}: init_from has {sizes[name]}")
+        config = replace(config, **sizes)
     config = replace(config, lr_decay_steps=config.lr_decay_steps or config.max_steps)
-    check(config, int(os.environ.get("WORLD_SIZE", 1)))
+    check(config, int(os.environ.get("WORLD_SIZE", "1")))
     if state and state["step"] >= config.max_steps:
         show(f"the run is finished: step {state['step']} of {config.max_steps}. Longer: "
              f"{resume_command(out)} --max_steps={state['step'] + 1000}")
@@ -965,7 +976,8 @@ def set_up(out, source, overrides, args):
                          "command, data_dir and (to resume) out_dir")
     if machine.compile:
         is_one_pass = machine.world_size == 1 and config.micro_batch_size in (0, config.batch_size)
-        run.model.compile_for_training(config.batch_size * config.block_size if is_one_pass else None)
+        tokens = config.batch_size * config.block_size if is_one_pass else None
+        run.model.compile_for_training(tokens)
     net = run.model
     if machine.world_size > 1:
         net = DistributedDataParallel(run.model, gradient_as_bucket_view=True)
@@ -989,7 +1001,7 @@ def lock(out):
 
 def main(argv=None):
     # Nothing that is printed can end a run: a closed pipe or a full disk loses lines, not steps.
-    sys.stdout, sys.stderr = prepare.Output(sys.stdout), prepare.Output(sys.stderr)
+    sys.stdout, sys.stderr = prepare.Unbreakable(sys.stdout), prepare.Unbreakable(sys.stderr)
     overrides, args = parse_args(argv)
     is_first, alone = os.environ.get("RANK", "0") == "0", os.environ.get("WORLD_SIZE", "1") == "1"
     stop, held, run = Stop(alone), None, None
@@ -1011,7 +1023,7 @@ def main(argv=None):
     except FloatingPointError as e:
         newest = (checkpoints(out) or ["none"])[-1]
         sys.exit(f"train.py: in step {run.step + 1} {e}: stopped before the weights were changed. "
-                 f"Last good checkpoint: {newest}. A lower --learning_rate or more --warmup_steps help")
+                 f"Last good checkpoint: {newest}. Try a lower --learning_rate")
     except OSError as e:
         where = f": {e.filename}" if e.filename else ""
         what_next = f". The checkpoints in {out} are whole: {again} goes on from the newest"

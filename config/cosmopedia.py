@@ -1,7 +1,8 @@
 """SmolLM2-135M on web-scale text: the published optimizer setting of the 135M model, scaled to one node.
 
     pip install -r tools/requirements.txt
-    python prepare.py --dataset HuggingFaceTB/smollm-corpus:cosmopedia-v2 --max_tokens 2000000000 --out_dir data/cosmopedia
+    python -m tools.corpus --dataset HuggingFaceTB/smollm-corpus:cosmopedia-v2 \
+        --max_tokens 2_000_000_000 --out_dir data/cosmopedia
     torchrun --standalone --nproc_per_node=8 train.py config/cosmopedia.py --resume=auto
 """
 out_dir = "out-cosmopedia"

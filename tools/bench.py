@@ -1,20 +1,25 @@
 """Measures this project against its peers and against the machine, side by side.
 
-    python -m tools.bench                          # everything below, about 25 minutes on two cores
+    python -m tools.bench                          # everything below, half an hour on two cores
     python -m tools.bench train --shapes 4x256     # one part
     python -m tools.bench decode prepare --output bench.json
 
-train    steps of train.py against transformers' LlamaForCausalLM of the same sizes (autocast, torch.compile, fused AdamW,
-         clipping), and both against the rate of the machine's matrix products at the model's own shapes
-decode   one stream and eight, against transformers' generate and, where llama-cpp-python is installed, llama.cpp
+train    steps of train.py against transformers' LlamaForCausalLM of the same sizes (autocast,
+         torch.compile, fused AdamW, clipping), as it comes and with our allocator setting lent to
+         it, and all against the rate of the machine's matrix products at the model's own shapes
+decode   one stream and eight, against transformers' generate and, with --gguf, llama.cpp
 prepare  tokens/s on all cores against one
 
-Each contestant is a process of its own, warmed up; they take turns, step by step, so that a noisy machine is unfair to
-all alike. The table shows medians; --output writes every measurement as JSON.
+Each contestant is a process of its own, warmed up; they take turns, step by step, so that a noisy
+machine is unfair to all alike (on a GPU too small for two, one after the other). The tables show
+medians, and lowest and highest; ratio is the median over the turns of the other's time to this
+one's. --output writes every measurement as JSON.
 """
 import argparse
 import json
 import os
+import platform
+import re
 import resource
 import statistics
 import subprocess
@@ -26,43 +31,52 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+ROOT = Path(__file__).resolve().parent.parent
 
 
-# ------------------------------------------------------------------------------------------------ in the contestants
+def fail(message, code=1):
+    print("tools.bench:", *str(message).split(), file=sys.stderr)
+    raise SystemExit(code)
+
+
+# --------------------------------------------------- in the contestants: each returns one turn, step
 
 
 def train_ours(args):
     import torch
 
     import train
-    from model import SmolLM2, SmolLM2Config
+    from model import SmolLM2
     B, T = args.shape
-    config = train.TrainConfig(batch_size=B, block_size=T, deterministic=args.deterministic, lr_decay_steps=5000)
+    config = train.TrainConfig(batch_size=B, block_size=T, deterministic=args.deterministic,
+                               lr_decay_steps=5000)
     machine = train.set_up_machine(config)
-    model = SmolLM2(SmolLM2Config()).to(machine.device)
-    optimizers = train.make_optimizers(model, config)
-    scaler = torch.amp.GradScaler(machine.device.type, enabled=False)
-    model.compile_for_training(B * T)
+    run = train.Run(config, SmolLM2(config), machine)
+    run.model.compile_for_training(B * T)
 
     def step():
-        batch = torch.randint(0, 49152, (2, B, T), device=machine.device)
-        train.train_step(model, optimizers, scaler, batch, config, machine, None)
+        batch = torch.randint(0, config.vocab_size, (2, B, T), device=machine.device)
+        train.train_step(run.model, run, batch, config, machine, None)
     return step
 
 
 def train_transformers(args):
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
+
+    from model import keep_freed_memory, pick_device
     B, T = args.shape
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device, dtype, _ = pick_device()
+    if args.lent:
+        keep_freed_memory()
     model = LlamaForCausalLM(LlamaConfig(use_cache=False, **llama_sizes())).to(device)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4, betas=(0.9, 0.95), weight_decay=0.1,
+                                  fused=True)
     compiled = torch.compile(model)
 
     def step():
         ids = torch.randint(0, 49152, (B, T), device=device)
-        with torch.autocast(device, torch.bfloat16):
+        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
             loss = compiled(input_ids=ids, labels=ids).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -76,49 +90,74 @@ def llama_sizes():
     from dataclasses import asdict
 
     from model import SmolLM2Config
-    return dict(asdict(SmolLM2Config()), tie_word_embeddings=True)
+    return {**asdict(SmolLM2Config()), "tie_word_embeddings": True}
 
 
 def machine_rates(args):
-    """Matrix rates (FLOP/s) over the products of one training step of 1,024 tokens, and the read bandwidth (bytes/s)."""
+    """FLOP/s over the matrix products of a training step, and the bytes/s read from memory."""
     import torch
-    device, M = ("cuda" if torch.cuda.is_available() else "cpu"), 1024 if not torch.cuda.is_available() else 16384
-    layer = [(576, 576), (576, 192), (576, 192), (576, 576), (576, 1536), (576, 1536), (1536, 576)]
-    counts = {shape: 30 * layer.count(shape) for shape in set(layer)} | {(576, 49152): 1}
+
+    from model import pick_device
+    device = pick_device()[0]
+    M = 1024 if device.type == "cpu" else 16384  # tokens
+    counts = {(576, 576): 60, (576, 192): 60, (576, 1536): 60, (1536, 576): 30, (576, 49152): 1}
 
     def step():
         rates = {}
         for dtype in (torch.bfloat16, torch.float32):
             flops = seconds = 0
             for (K, N), count in counts.items():
-                x, w, dy = (torch.randn(*s, device=device).to(dtype) for s in [(M, K), (N, K), (M, N)])
-                outs = [torch.empty(*s, device=device, dtype=dtype) for s in [(M, N), (M, K), (N, K)]]
-                for product in (lambda: torch.mm(x, w.t(), out=outs[0]), lambda: torch.mm(dy, w, out=outs[1]),
-                                lambda: torch.mm(dy.t(), x, out=outs[2])):
-                    product()
-                    seconds += count * min(timed(product) for _ in range(5))
+                x, w, dy = (torch.randn(*shape, device=device).to(dtype)
+                            for shape in [(M, K), (N, K), (M, N)])
+                y, dx, dw = torch.empty_like(dy), torch.empty_like(x), torch.empty_like(w)
+                for a, b, out in [(x, w.t(), y), (dy, w, dx), (dy.t(), x, dw)]:
+                    seconds += count * seconds_of(lambda: torch.mm(a, b, out=out), device)
                     flops += count * 2 * M * K * N
             rates[str(dtype)[6:]] = flops / seconds
         buffer = torch.ones(2**28, device=device)  # 1 GiB
-        rates["read"] = buffer.nbytes / min(timed(buffer.sum) for _ in range(5))
+        rates["read"] = buffer.nbytes / seconds_of(buffer.sum, device)
         return rates
     return step
+
+
+def seconds_of(work, device):
+    """Of one piece of work: on a GPU of fifty between two events, else the fastest of five."""
+    import torch
+    work()
+    if device.type != "cuda":
+        return min(timed(work) for _ in range(5))
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    for _ in range(50):
+        work()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / 1000 / 50
+
+
+def timed(work):
+    import torch
+    start = time.perf_counter()
+    work()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
 
 
 def decode_ours(args):
     import torch
 
-    import train
-    from model import SmolLM2, SmolLM2Config, generate
-    device, dtype = ("cuda" if torch.cuda.is_available() else "cpu"), getattr(torch, args.dtype)
-    if device == "cpu":
-        train.keep_memory()
-    model = SmolLM2(SmolLM2Config()).to(device, dtype).eval()
+    from model import (SmolLM2, SmolLM2Config, generate, keep_freed_memory, pick_device,
+                       worth_compiling)
     rows, prompt, new = args.rows
+    device, dtype, _ = pick_device("auto", args.dtype)
+    keep_freed_memory()
+    model = SmolLM2(SmolLM2Config()).to(device, dtype).eval()
+    compiled = worth_compiling(device, 10**6)  # as if for a long text: the compiling is not timed
 
     def step():
         ids = torch.randint(0, 49152, (rows, prompt), device=device)
-        return stream(generate(model, ids, new, compile="step" if device == "cpu" else "layer", temperature=0), rows)
+        return stream(generate(model, ids, new, compiled, temperature=0), rows)
     return step
 
 
@@ -128,20 +167,25 @@ def stream(tokens, rows):
     for token in tokens:
         getattr(token, "tolist", list)()  # waits for a GPU
         times.append(time.perf_counter() - start)
-    return {"first": times[0], "tokens_per_sec": rows * (len(times) - 1) / (times[-1] - times[0])}
+    rate = rows * (len(times) - 1) / (times[-1] - times[0])
+    return {"first": times[0], "tokens_per_sec": rate}
 
 
 def decode_transformers(args):
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
-    device, (rows, prompt, new) = ("cuda" if torch.cuda.is_available() else "cpu"), args.rows
-    model = LlamaForCausalLM(LlamaConfig(**llama_sizes())).to(device, getattr(torch, args.dtype)).eval()
+
+    from model import pick_device
+    rows, prompt, new = args.rows
+    device, dtype, _ = pick_device("auto", args.dtype)
+    model = LlamaForCausalLM(LlamaConfig(**llama_sizes())).to(device, dtype).eval()
 
     def step():
         ids = torch.randint(1, 49152, (rows, prompt), device=device)
-        kwargs = dict(attention_mask=torch.ones_like(ids), do_sample=False, pad_token_id=0, eos_token_id=None)
-        first = timed(lambda: model.generate(ids, max_new_tokens=1, **kwargs))
-        whole = timed(lambda: model.generate(ids, max_new_tokens=new, **kwargs))
+        options = {"attention_mask": torch.ones_like(ids), "do_sample": False, "pad_token_id": 0,
+                   "eos_token_id": None}
+        first = timed(lambda: model.generate(ids, max_new_tokens=1, **options))
+        whole = timed(lambda: model.generate(ids, max_new_tokens=new, **options))
         return {"first": first, "tokens_per_sec": rows * (new - 1) / (whole - first)}
     return step
 
@@ -151,26 +195,26 @@ def decode_llama_cpp(args):
 
     from llama_cpp import Llama
     rows, prompt, new = args.rows
-    llama = Llama(args.gguf, n_ctx=prompt + new + 8, n_threads=os.cpu_count(), n_threads_batch=os.cpu_count(), verbose=False)
+    cores = os.cpu_count()
+    llama = Llama(args.gguf, n_ctx=prompt + new + 8, n_threads=cores, n_threads_batch=cores,
+                  verbose=False)
 
     def tokens():
         llama.reset()
-        for _, token in zip(range(new), llama.generate([random.randrange(1, 49152) for _ in range(prompt)], temp=0.0)):
+        ids = [random.randrange(1, 49152) for _ in range(prompt)]
+        for _, token in zip(range(new), llama.generate(ids, temp=0.0)):
             yield [token]
 
     return lambda: stream(tokens(), rows)
 
 
 def encode_text(args):
-    """Tokenizes 50 MB as prepare.py does (its check that nothing was lost aside), on all cores or on one."""
+    """Tokenizes 50 MB as prepare.py does, its check that nothing is lost aside."""
     os.environ["TOKENIZERS_PARALLELISM"] = str(not args.one_core).lower()
-    from transformers import PreTrainedTokenizerFast
-
     import prepare
-    backend = PreTrainedTokenizerFast.from_pretrained(Path(args.data_dir, "tokenizer")).backend_tokenizer
-    ids = np.fromfile(Path(args.data_dir, "train.bin"), dtype="<u2")
-    text = backend.decode(ids.tolist())
-    pieces = list(prepare.cut([text * (1 + 50_000_000 // len(text))]))
+    backend = prepare.load_tokenizer(Path(args.data_dir, "tokenizer")).backend_tokenizer
+    text = backend.decode(np.fromfile(Path(args.data_dir, "train.bin"), dtype="<u2").tolist())
+    pieces = [piece for _, piece in prepare.cut(text * (1 + 50_000_000 // len(text)))]
 
     def step():
         for i in range(0, len(pieces), prepare.BATCH):
@@ -179,163 +223,220 @@ def encode_text(args):
     return step
 
 
-def timed(function):
-    import torch
-    start = time.perf_counter()
-    function()
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
-
-
 def contestant(args):
-    """Serves one contestant: builds it, then runs it once for each line on standard input, answering with JSON."""
+    """Serves one contestant: a turn for each line on standard input, answered in JSON."""
     answers, sys.stdout = sys.stdout, sys.stderr
     import torch
     torch.manual_seed(0)
     step = globals()[args.contestant](args)
     for _ in sys.stdin:
         start = time.perf_counter()
-        result = step()
+        answer = {"result": step(), "memory": 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss}
         if torch.cuda.is_available():
             torch.cuda.synchronize()
-        seconds, memory = time.perf_counter() - start, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        print(json.dumps({"seconds": seconds, "result": result, "memory": torch.cuda.max_memory_allocated() if
-                          torch.cuda.is_available() else memory}), file=answers, flush=True)
+            answer["memory"] = torch.cuda.max_memory_reserved()
+            answer["room"] = torch.cuda.mem_get_info()[0]
+        answer["seconds"] = time.perf_counter() - start
+        print(json.dumps(answer), file=answers, flush=True)
 
 
-# --------------------------------------------------------------------------------------------------- in the parent
+# --------------------------------------------------------------------------------- in the parent
 
 
 class Contestant:
     """A contestant's process, with an empty compile cache of its own."""
 
     def __init__(self, name, label, *options):
-        self.label, self.seconds, self.results, self.memory = label, [], [], 0
-        self.cache = tempfile.TemporaryDirectory()
-        self.start = time.perf_counter()
-        self.process = subprocess.Popen([sys.executable, "-m", "tools.bench", "--contestant", name, *options],
-                                        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
-                                        cwd=Path(__file__).resolve().parent.parent,
-                                        env={**os.environ, "TORCHINDUCTOR_CACHE_DIR": self.cache.name})
-        self.run()
-        self.first = time.perf_counter() - self.start  # seconds from launch to the end of the first step
+        self.label, self.answers = label, []
+        self.cache, self.errors = tempfile.TemporaryDirectory(), tempfile.TemporaryFile("w+")
+        start = time.perf_counter()
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "tools.bench", "--contestant", name, *options], cwd=ROOT,
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.errors, text=True,
+            env={**os.environ, "TORCHINDUCTOR_CACHE_DIR": self.cache.name})
+        self.turn()
+        self.first = time.perf_counter() - start  # seconds from launch to the end of the first turn
 
-    def run(self):
-        self.process.stdin.write("\n")
-        self.process.stdin.flush()
+    def turn(self):
+        try:
+            self.process.stdin.write("\n")
+            self.process.stdin.flush()
+        except BrokenPipeError:
+            pass  # it ended: there is no answer
         answer = self.process.stdout.readline()
         if not answer:
-            sys.exit(f"bench: {self.label} failed: run python -m tools.bench --contestant to see why")
-        answer = json.loads(answer)
-        self.seconds.append(answer["seconds"])
-        self.results.append(answer["result"])
-        self.memory = answer["memory"]
+            self.process.wait()
+            self.errors.seek(0)
+            lines = self.errors.read().split("\n")
+            fail(f"{self.label} failed: {[line for line in lines if line.strip()][-1:]}")
+        self.answers.append(json.loads(answer))
 
     def close(self):
         self.process.stdin.close()
         self.process.wait()
         self.cache.cleanup()
 
+    def get(self, name):
+        return [answer[name] for answer in self.answers]
 
-def alternate(starters, runs, warmup, what):
-    """Starts the contestants one after the other, runs them in turns, and returns them, closed."""
-    bar = tqdm(total=len(starters) * (1 + warmup + runs), desc=what, file=sys.stderr)
-    contestants = []
+
+def take_turns(starters, runs, warmup, what):
+    """Starts the contestants, runs them in turns, and returns them, ended."""
+    bar = tqdm(total=len(starters) * (1 + warmup + runs), desc=what, leave=False)
+    contestants, waiting = [], []
+
+    def finish(some):
+        for _ in range(warmup + runs):
+            for c in some:
+                c.turn()
+                bar.update()
+        for c in some:
+            c.close()
+            c.answers = c.answers[1 + warmup:]
+
     for starter in starters:
         contestants.append(Contestant(*starter))
         bar.update()
-    for _ in range(warmup + runs):
-        for c in contestants:
-            c.run()
-            bar.update()
+        waiting.append(contestants[-1])
+        answer = contestants[-1].answers[0]
+        if answer.get("room", np.inf) < 1.5 * answer["memory"]:  # no place for another on this GPU
+            finish(waiting)
+            waiting = []
+    finish(waiting)
     bar.close()
-    for c in contestants:
-        c.close()
-        c.seconds, c.results = c.seconds[1 + warmup:], c.results[1 + warmup:]
     return contestants
+
+
+def spread(values, form="{:.2f}"):
+    """The median, with the lowest and the highest."""
+    low, high = form.format(min(values)), form.format(max(values))
+    return f"{form.format(statistics.median(values))} ({low} to {high})"
+
+
+def processor():
+    """The processor's name, with family and model, which tell what a name hides."""
+    facts = {}
+    try:
+        facts = dict(re.findall(r"^([\w ]+?)\s*: (.+)$", Path("/proc/cpuinfo").read_text(), re.M))
+    except OSError:
+        pass  # not Linux
+    name = facts.get("model name", platform.processor() or platform.machine())
+    return (f"{name}, family {facts.get('cpu family', '?')}, model {facts.get('model', '?')}, "
+            f"{os.cpu_count()} cores")
 
 
 def bench_train(args, report):
     from model import SmolLM2, SmolLM2Config
-    rates = alternate([("machine_rates", "machine")], 1, 0, "machine")[0].results[0]
-    report["machine"] = rates
-    print(f"\nmachine: bf16 {rates['bfloat16'] / 1e9:,.0f} GFLOP/s, fp32 {rates['float32'] / 1e9:,.0f} GFLOP/s (the model's "
-          f"matrix products), reads {rates['read'] / 1e9:.1f} GB/s")
+    rates = take_turns([("machine_rates", "machine")], 1, 0, "machine")[0].get("result")[0]
+    report["rates"] = rates
+    print(f"\nmatrix products of the model's shapes: bf16 {rates['bfloat16'] / 1e9:,.0f} GFLOP/s, "
+          f"fp32 {rates['float32'] / 1e9:,.0f}; memory reads {rates['read'] / 1e9:.1f} GB/s")
     model = SmolLM2(SmolLM2Config())
-    print(f"\n{'train':<34}{'s/step':>8}{'tok/s':>9}{'ratio':>7}{'of bf16 rate':>14}{'memory':>9}{'first step':>12}")
+    print(f"\n{'train':<32}{'s/step':>24}{'tok/s':>9}{'ratio':>22}{'of bf16':>9}{'of fp32':>9}"
+          f"{'memory':>9}{'first':>8}")
     for shape in args.shapes:
         B, T = map(int, shape.split("x"))
         options = ["--shape", shape] + ([] if args.deterministic else ["--fast"])
-        ours, peer = alternate([("train_ours", "ours", *options), ("train_transformers", "transformers", *options)],
-                               args.runs, 2, f"train {shape}")
-        for c in (ours, peer):
-            s = statistics.median(c.seconds)
-            share = B * T * model.flops_per_token(T, causal=True) / s / rates["bfloat16"]
-            ratio = statistics.median(p / q for p, q in zip(peer.seconds, c.seconds))
+        starters = [("train_ours", "ours", *options),
+                    ("train_transformers", "transformers", *options),
+                    ("train_transformers", "transformers, lent", *options, "--lent")]
+        contestants = take_turns(starters, args.runs, 2, f"train {shape}")
+        ours = contestants[0].get("seconds")
+        for c in contestants:
+            seconds = c.get("seconds")
+            s, ratios = statistics.median(seconds), [p / q for p, q in zip(seconds, ours)]
+            flops = B * T * model.flops_per_token(T, causal=True) / s
+            memory = max(c.get("memory"))
             report.setdefault("train", {})[f"{shape} {c.label}"] = {
-                "seconds": c.seconds, "tokens_per_sec": B * T / s, "ratio": ratio, "share": share, "memory": c.memory,
-                "first_step": c.first}
-            print(f"{shape + ' ' + c.label:<34}{s:>8.3f}{B * T / s:>9,.0f}{ratio:>7.2f}{share:>14.0%}"
-                  f"{c.memory / 1e9:>6.1f} GB{c.first:>10.0f} s", flush=True)
+                "seconds": seconds, "tokens_per_sec": B * T / s, "ratios": ratios,
+                "flops": flops, "memory": memory, "first": c.first}
+            print(f"{shape + ' ' + c.label:<32}{spread(seconds, '{:.3f}'):>24}{B * T / s:>9,.0f}"
+                  f"{spread(ratios):>22}{flops / rates['bfloat16']:>9.0%}"
+                  f"{flops / rates['float32']:>9.0%}{memory / 1e9:>6.1f} GB{c.first:>6.0f} s",
+                  flush=True)
 
 
 def bench_decode(args, report):
-    print(f"\n{'decode (' + args.dtype + ')':<44}{'first token':>12}{'tok/s':>9}{'ratio':>7}")
-    for what, rows, prompt, new in [("one stream, 32 + 256 tokens", 1, 32, 256), ("one stream, at 2,000 tokens", 1, 1970, 64),
-                                    ("one stream, prompt of 1,000", 1, 1000, 16), ("eight streams, 32 + 128", 8, 32, 128)]:
+    print(f"\n{'decode (' + args.dtype + ')':<44}{'first token':>12}{'tok/s':>24}{'ratio':>22}")
+    for what, rows, prompt, new in [("one stream, 32 + 256 tokens", 1, 32, 256),
+                                    ("one stream, at 2,000 tokens", 1, 1970, 64),
+                                    ("one stream, prompt of 1,000", 1, 1000, 16),
+                                    ("eight streams, 32 + 128", 8, 32, 128)]:
         options = ["--rows", str(rows), str(prompt), str(new), "--dtype", args.dtype]
-        starters = [("decode_ours", "ours", *options), ("decode_transformers", "transformers", *options)]
+        starters = [("decode_ours", "ours", *options),
+                    ("decode_transformers", "transformers", *options)]
         if args.gguf and rows == 1:
             starters.append(("decode_llama_cpp", "llama.cpp", *options, "--gguf", args.gguf))
-        for c in (contestants := alternate(starters, args.runs, 1, f"decode {what}")):
-            rate, first = (statistics.median(r[key] for r in c.results) for key in ("tokens_per_sec", "first"))
-            ratio = statistics.median(r["tokens_per_sec"] / q["tokens_per_sec"]
-                                      for r, q in zip(c.results, contestants[1].results))
-            report.setdefault("decode", {})[f"{what} {c.label}"] = {"tokens_per_sec": rate, "first": first, "ratio": ratio,
-                                                                    "runs": c.results}
-            print(f"{what + ' ' + c.label:<44}{first:>10.2f} s{rate:>9.1f}{ratio:>7.2f}", flush=True)
+        contestants = take_turns(starters, args.runs, 1, f"decode {what}")
+        ours = [result["tokens_per_sec"] for result in contestants[0].get("result")]
+        for c in contestants:
+            rates = [result["tokens_per_sec"] for result in c.get("result")]
+            first = statistics.median(result["first"] for result in c.get("result"))
+            ratios = [p / q for p, q in zip(ours, rates)]
+            report.setdefault("decode", {})[f"{what} {c.label}"] = {
+                "tokens_per_sec": rates, "first": first, "ratios": ratios}
+            print(f"{what + ' ' + c.label:<44}{first:>10.2f} s{spread(rates, '{:.1f}'):>24}"
+                  f"{spread(ratios):>22}", flush=True)
 
 
 def bench_prepare(args, report):
     options = ["--data_dir", args.data_dir]
-    many, one = alternate([("encode_text", "all cores", *options), ("encode_text", "one core", *options, "--one_core")],
-                          min(args.runs, 5), 0, "prepare")
-    print(f"\n{'prepare (50 MB of text)':<34}{'seconds':>9}{'MB/s':>9}{'ratio':>7}")
-    for c in (many, one):
-        seconds = statistics.median(c.seconds)
-        ratio = statistics.median(p / q for p, q in zip(one.seconds, c.seconds))
-        report.setdefault("prepare", {})[c.label] = {"seconds": c.seconds, "characters": c.results[0], "ratio": ratio}
-        print(f"{c.label:<34}{seconds:>9.2f}{c.results[0] / seconds / 1e6:>9.1f}{ratio:>7.2f}", flush=True)
+    starters = [("encode_text", "all cores", *options),
+                ("encode_text", "one core", *options, "--one_core")]
+    contestants = take_turns(starters, min(args.runs, 5), 0, "prepare")
+    print(f"\n{'prepare (50 MB of text)':<34}{'seconds':>22}{'MB/s':>9}")
+    for c in contestants:
+        seconds, size = c.get("seconds"), c.get("result")[0]
+        report.setdefault("prepare", {})[c.label] = {"seconds": seconds, "characters": size}
+        print(f"{c.label:<34}{spread(seconds):>22}{size / statistics.median(seconds) / 1e6:>9.1f}",
+              flush=True)
+
+
+PARTS = {"train": bench_train, "decode": bench_decode, "prepare": bench_prepare}
+
+
+def shape(text):
+    if not re.fullmatch(r"[1-9]\d*x[1-9]\d*", text):
+        raise argparse.ArgumentTypeError(f"{text!r}: expected BxT, as in 4x256")
+    return text
 
 
 def main(argv=None):
     parser = argparse.ArgumentParser(prog="python -m tools.bench", description=__doc__,
+                                     allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("parts", nargs="*", help="train, decode, prepare [all three]")
-    parser.add_argument("--shapes", nargs="+", default=["4x256", "8x1024", "4x2048"], metavar="BxT",
-                        help="sequences x tokens of a training step [4x256 8x1024 4x2048]")
-    parser.add_argument("--runs", type=int, default=7, help="measured runs of each contestant [7]")
-    parser.add_argument("--fast", dest="deterministic", action="store_false", help="train with deterministic = False")
-    parser.add_argument("--dtype", default="bfloat16", help="of the weights while decoding [bfloat16]")
-    parser.add_argument("--gguf", help="llama.cpp's form of the same model, to measure it where llama-cpp-python is installed")
-    parser.add_argument("--data_dir", default="data/shakespeare", help="prepared data, whose text is tokenized again")
-    parser.add_argument("--output", help="write all measurements to this JSON file")
-    parser.add_argument("--contestant", help=argparse.SUPPRESS)
-    parser.add_argument("--one_core", action="store_true", help=argparse.SUPPRESS)
-    parser.add_argument("--shape", type=lambda text: tuple(map(int, text.split("x"))), help=argparse.SUPPRESS)
-    parser.add_argument("--rows", type=int, nargs=3, help=argparse.SUPPRESS)
+    parser.error = lambda message: fail(message, 2)
+    add = parser.add_argument
+    add("parts", nargs="*", help="train, decode, prepare [all three]")
+    add("--shapes", nargs="+", default=["4x256", "8x1024", "4x2048"], metavar="BxT", type=shape,
+        help="sequences x tokens of a training step [4x256 8x1024 4x2048]")
+    add("--runs", type=int, default=7, help="measured turns of each contestant [7]")
+    add("--fast", dest="deterministic", action="store_false", help="train with deterministic=false")
+    add("--dtype", choices=["bfloat16", "float16", "float32"], default="bfloat16",
+        help="of the weights while decoding [bfloat16]")
+    add("--gguf", help="the same model for llama.cpp, measured where llama-cpp-python is installed")
+    add("--data_dir", default="data/shakespeare", help="prepared data, tokenized again")
+    add("--output", help="write all measurements to this JSON file")
+    for name in ("--contestant", "--shape"):
+        add(name, help=argparse.SUPPRESS)
+    for name in ("--one_core", "--lent"):
+        add(name, action="store_true", help=argparse.SUPPRESS)
+    add("--rows", type=int, nargs=3, help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     if args.contestant:
+        args.shape = tuple(map(int, (args.shape or "0x0").split("x")))
         return contestant(args)
-    parts = {"train": bench_train, "decode": bench_decode, "prepare": bench_prepare}
-    if unknown := [p for p in args.parts if p not in parts]:
-        parser.error(f"unknown part {unknown[0]}: train, decode or prepare")
-    report = {}
-    for name in args.parts or parts:
-        parts[name](args, report)
-    if args.output:
-        Path(args.output).write_text(json.dumps(report, indent=2))
+    unknown = [part for part in args.parts if part not in PARTS]
+    if unknown:
+        fail(f"unknown part {unknown[0]!r}: one of {', '.join(PARTS)}", 2)
+    if args.runs < 1:
+        fail(f"--runs {args.runs}: must be 1 or more", 2)
+    report = {"machine": processor()}
+    print(report["machine"])
+    for part in args.parts or PARTS:
+        PARTS[part](args, report)
+        if args.output:
+            Path(args.output).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

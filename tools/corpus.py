@@ -20,7 +20,6 @@ from collections import Counter
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
 import prepare
 
@@ -98,6 +97,7 @@ def open_stream(shown, *args, **options):
         raise ValueError(f"{shown}: the `datasets` library is missing: "
                          "pip install -r tools/requirements.txt") from None
     datasets.disable_progress_bars()
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what it logs, it also raises
     try:
         return datasets.load_dataset(*args, streaming=True, **options)
     except Exception as error:  # the network, a wrong name, a broken file: it has many errors
@@ -114,7 +114,7 @@ def read_records(stream, shown, column):
         except StopIteration:
             return
         except Exception as error:
-            message = f"{shown}: cannot read record {number}: {prepare.first_line(error)}"
+            message = f"{shown}: after record {number - 1}: {prepare.first_line(error)}"
             raise ValueError(message) from None
         if column not in record:
             raise ValueError(f"--column {column}: not in {shown}, which has {', '.join(record)}")
@@ -153,7 +153,7 @@ def write_documents(documents, folder, tokenizer, args):
     end = np.array([tokenizer.eos_token_id], dtype="<u2")
     with contextlib.ExitStack() as stack:
         files = {side: stack.enter_context(open(folder / f"{side}.bin", "wb")) for side in counts}
-        bar = stack.enter_context(tqdm(total=args.max_tokens, unit=" tokens", unit_scale=True))
+        bar = stack.enter_context(prepare.progress(args.max_tokens, " tokens"))
         # A token has a byte at least, so a batch of as many characters as tokens are missing
         # hardly reads more than is taken.
         while batch := next_batch(documents, min(BATCH, limit - done)):
@@ -178,8 +178,8 @@ def check_sides(counts, args):
     if not documents:
         raise ValueError("there is no text in it, or none within --max_tokens")
     if documents == 1:
-        raise ValueError("this is one document, and whole ones are held out; as one text, whose end "
-                         "is held out: python prepare.py --input FILE")
+        raise ValueError("this is one document, and whole ones are held out; for one text, whose "
+                         "end is held out: python prepare.py --input FILE")
     if not train or not val:
         raise ValueError(f"the hashes of all {documents:,} documents put them on one side; give "
                          "more documents, cut them smaller, or take another --val_fraction")
@@ -230,18 +230,19 @@ def open_documents(args):
 
 
 def prepare_corpus(args):
-    """Prepares the documents as args say, and reports. Raises OSError, or ValueError in one line."""
+    """Prepares the documents as args say, and reports. Raises OSError, ValueError."""
     began = time.monotonic()
     with prepare.replacing(args.out_dir) as folder:
         documents, source = open_documents(args)
         tokenizer, facts = prepare.prepare_tokenizer(args, source, folder)
         if tokenizer.eos_token_id is None:
-            raise ValueError(f"--tokenizer {facts['tokenizer']}: it has no end-of-text token to set "
-                             "between documents; give it an eos_token")
+            raise ValueError(f"--tokenizer {facts['tokenizer']}: it has no end-of-text token to "
+                             "set between documents; give it an eos_token")
         counts = write_documents(documents, folder, tokenizer, args)
         check_sides(counts, args)
         total = counts["train"] + counts["val"]
-        facts |= {key: total[key] for key in ("documents", "characters", "bytes", "unrepresentable")}
+        for key in ("documents", "characters", "bytes", "unrepresentable"):
+            facts[key] = total[key]
         meta = prepare.write_meta(folder, tokenizer, facts | {
             "val_characters": counts["val"]["characters"], "val_bytes": counts["val"]["bytes"],
             "split": "val is whole documents, chosen by the sha256 of the first MiB of each"})

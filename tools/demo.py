@@ -1,140 +1,277 @@
-"""A page in the browser that writes text with a trained model, as it comes.
+"""A page in the browser that writes text with a trained model, as it comes; two models side by side.
 
-    python -m tools.demo                                          # the runs out*/ and the exported folders found here
+    python -m tools.demo                                # the runs out*/ and exported folders here
     python -m tools.demo --checkpoint HuggingFaceTB/SmolLM2-135M --port 8000
 
-It listens on this machine only and reports nothing to anyone. As a Hugging Face Space: a repository with this project's
-files, `sdk: gradio` and `app_file: tools/demo.py` in the front matter of its README.md, the lines of both
-requirements.txt in the one at its top, and the Space's variable CHECKPOINT set to the model's hub name.
+It listens on this machine only and reports nothing to anyone. Programs call /generate. As a Hugging
+Face Space: this project's files, `sdk: gradio` and `app_file: tools/demo.py` in the front matter of
+README.md, both requirements.txt in one, and the variable CHECKPOINT set to the model's hub name.
 """
 import argparse
 import html
 import os
+import random
 import sys
 import threading
 import time
 from functools import lru_cache
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a Space runs this file, not the module
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a Space runs this file by its path
 os.environ.update(GRADIO_ANALYTICS_ENABLED="False", HF_HUB_DISABLE_TELEMETRY="1")
 
-CSS = """main.fillable {max-width: 1160px !important; margin: auto; padding: 16px !important}
-#text textarea {font-family: Georgia, 'Times New Roman', serif; font-size: 17px; line-height: 1.6}
-#speed {min-height: 1.6em; opacity: .7}"""
-SLIDERS = [("Length", 1, 2000, 200, 1, "New tokens, at most"),
-           ("Temperature", 0, 2, 0.8, 0.05, "Below 1 likelier, above 1 wilder; 0: always the likeliest"),
-           ("Top-k", 0, 500, 50, 1, "Among the k likeliest tokens; 0: all"),
-           ("Top-p", 0, 1, 1, 0.01, "Among the likeliest that together have this probability"),
-           ("Repetition penalty", 0.5, 2, 1, 0.01, "Above 1: what was there becomes less likely")]
-LOADING = threading.Lock()
+CSS = """main.fillable {max-width: 1240px !important; margin: auto; padding: 16px !important}
+.written {font: 17px/1.6 Georgia, 'Times New Roman', serif; white-space: pre-wrap; min-height: 16em;
+  overflow-wrap: anywhere; border: 1px solid var(--border-color-primary); border-radius: 8px;
+  padding: 12px 16px; background: var(--background-fill-primary)}
+.written .prompt {opacity: .55} .speed {min-height: 1.6em; opacity: .75}"""
+CTRL_ENTER = """() => document.addEventListener('keydown', event => {
+  if (event.key == 'Enter' && (event.ctrlKey || event.metaKey)) document.querySelector('#go').click()
+})"""
+BEGINNINGS = ["ROMEO:", "First Citizen:\n", "To be, or not to be", "Once upon a time"]
+SLIDERS = {"Length": (1, 2000, 200, 1, "New tokens, at most"),  # lowest, highest, default, step
+           "Temperature": (0, 2, 0.8, 0.05, "Below 1 likelier, above 1 wilder; 0: the likeliest"),
+           "Top-k": (0, 500, 50, 1, "Among the k likeliest tokens; 0: all"),
+           "Top-p": (0, 1, 1, 0.01, "Among the likeliest that together have this probability"),
+           "Repetition penalty": (0.5, 2, 1, 0.01, "Above 1: what was there becomes less likely")}
+LIMITS = {"Seed": (0, 2**53), **SLIDERS}
+ONE_STEP = threading.Lock()  # two at once would take as long, and compile the same thing twice
+STOPPED = set()  # the sessions whose Stop was clicked
 
 
 def fail(message, code=1):
-    print(f"tools.demo: {message}", file=sys.stderr)
+    print("tools.demo:", *str(message).split(), file=sys.stderr)
     raise SystemExit(code)
 
 
+def describe(file):
+    """What the choice says of a checkpoint: its step, its held-out loss, whether it is the best."""
+    from tools.plot import read_metrics
+    from train import step_of
+    step, losses = step_of(file), {}
+    try:
+        losses = {r["step"]: r["val_loss"] for r in read_metrics(file.parent) if r.get("val_loss")}
+    except ValueError:
+        pass  # a checkpoint alone
+    text = f"{file.parent.name}, step {step:,}"
+    if step in losses:
+        text += f": held-out loss {losses[step]:.3f}"
+        if losses[step] == min(losses.values()):
+            text += " (best)"
+    return text
+
+
 def found(asked):
-    """The names to choose from: those asked for; else the checkpoints in out*/, newest first, and exported folders."""
+    """The choices, {name: description}: those asked for, else out*/, the newest run first, and
+    exported folders. Of a run, all checkpoints, the newest first."""
     from train import checkpoints
-    runs = [str(p) for out in sorted(Path().glob("out*")) for p in checkpoints(out)[::-1]]
-    return asked or runs + [str(p.parent) for p in sorted(Path().glob("*/config.json"))]
+    runs = [folder for folder in Path().glob("out*") if checkpoints(folder)]
+    runs.sort(key=lambda run: checkpoints(run)[-1].stat().st_mtime, reverse=True)
+    exported = [file.parent for file in sorted(Path().glob("*/config.json"))]
+    choices = {}
+    for name in asked or [*runs, *exported]:
+        files = checkpoints(name)[::-1] or [Path(name)]
+        is_run = files[0].suffix == ".pt"
+        choices |= {str(f) if is_run else str(name): describe(f) if is_run else str(name)
+                    for f in files}
+    return choices
 
 
-@lru_cache(maxsize=2)
+@lru_cache(maxsize=4)
 def load(name, changed):
-    """(model, tokenizer, device), loaded once for all. changed: when the folder was. Raises ValueError."""
+    """(model, tokenizer, device), loaded once for all. changed: when. Raises ValueError."""
     import sample
-    model, tokenizer, _ = sample.load(name, print)
-    device, dtype = sample.pick_device()
+    from model import pick_device
+    device, dtype, _ = pick_device()
+    model, tokenizer, _ = sample.load(name)
     return model.to(device, dtype).eval(), tokenizer, device
 
 
-def write(asked, name, prompt, seed, *values):
-    """Yields the text so far and a line on the speed; values: of the sliders. What is wrong is said on the page."""
-    import gradio as gr
+def write(name, prompt, seed, length, temperature, top_k, top_p, repetition_penalty, stops):
+    """Yields (text after the prompt, tokens, seconds they took) as it comes, as sample.py has it."""
     import torch
 
-    from model import generate
+    from model import generate, worth_compiling
     from sample import Streamer
-    try:
+    with ONE_STEP:
+        model, tokenizer, device = load(name, os.path.exists(name) and os.path.getmtime(name))
+        compiled = worth_compiling(device, length)
+    ids = tokenizer.encode(prompt, add_special_tokens=False) or [tokenizer.eos_token_id]
+    tokens = generate(model, torch.tensor([ids], device=device), length, compiled,
+                      temperature=temperature, top_k=min(top_k, model.config.vocab_size),
+                      top_p=top_p, repetition_penalty=repetition_penalty,
+                      generator=torch.Generator(device).manual_seed(seed))
+    stream, text, seconds = Streamer(tokenizer, ids, stops), "", 0.0
+    for n in range(1, length + 1):
+        with ONE_STEP:
+            began = time.perf_counter()
+            token = next(tokens).item()
+            seconds += time.perf_counter() - began
+        if token != tokenizer.eos_token_id:
+            text += stream.push(token)
+        if token == tokenizer.eos_token_id or stream.ended:
+            break
+        yield text, n, seconds
+    yield text + stream.finish(), n, seconds
+
+
+def start(asked, names, prompt, stop_texts, *numbers):
+    """A stream of write() for each name. Raises ValueError for what cannot be."""
+    for name in names:
         if name not in found(asked):
-            raise ValueError(f"There is no {name} (any more): reload the page to see what there is")
-        for value, (label, low, high, *_) in zip((seed, *values), [("Seed", 0, 2**53), *SLIDERS]):
-            if not isinstance(value, (int, float)) or not low <= value <= high:
-                raise ValueError(f"{label}: must be from {low} to {high:,}")
-        length, temperature, top_k, top_p, repetition = values
-        with LOADING:  # two people who come at once load it once
-            model, tokenizer, device = load(name, os.path.getmtime(name) if os.path.exists(name) else 0)
-        prompt = prompt or "\n"
-        ids = tokenizer.encode(prompt, add_special_tokens=False) or [tokenizer.eos_token_id]
-        tokens = generate(model, torch.tensor([ids], device=device), int(length), temperature=temperature,
-                          top_k=min(int(top_k), model.config.vocab_size), top_p=top_p, repetition_penalty=repetition,
-                          generator=torch.Generator(device).manual_seed(int(seed)))
-        stream, text, begin, shown, n = Streamer(tokenizer, ids, []), prompt, time.perf_counter(), 0.0, 0
-        for n, token in enumerate(tokens, 1):
-            if token.item() == tokenizer.eos_token_id:
-                break
-            text += stream.push(token.item())
-            if (now := time.perf_counter()) - shown > 0.04:  # as often as an eye can see
-                shown = now
-                yield text, f"{n} tokens, {n / (now - begin):,.0f} per second"
-        text += stream.push(None, last=True)
-        yield text, f"{n} tokens, {n / (time.perf_counter() - begin):,.0f} per second: done"
+            raise ValueError(f"There is no {name} (any more): reload the page")
+    for value, (label, (low, high, *_)) in zip(numbers, LIMITS.items()):
+        if not isinstance(value, (int, float)) or not low <= value <= high:
+            raise ValueError(f"{label}: must be from {low} to {high:,}")
+    seed, length, temperature, top_k, top_p, penalty = numbers
+    stops = [stop.replace("\\n", "\n") for stop in stop_texts.splitlines() if stop]
+    return [write(name, prompt, int(seed), int(length), temperature, int(top_k), top_p, penalty,
+                  stops) for name in names]
+
+
+def show(asked, session, left, right, prompt, stop_texts, *numbers):
+    """Yields what the page shows: two texts and their lines, the left text to continue, Stop."""
+    import gradio as gr
+    prompt = prompt or "\n"
+    names = [left, right] if right else [left]
+    texts, lines, counts, shown = ["", ""], ["", ""], [0, 0], 0.0
+    STOPPED.discard(session)
+
+    def page(is_running):
+        bodies = [f'<div class="written"><span class="prompt">{html.escape(prompt)}</span>'
+                  f'{html.escape(text)}</div>' if line else "" for text, line in zip(texts, lines)]
+        plain = prompt + texts[0] if texts[0] else ""
+        return *bodies, *lines, plain, gr.Button(visible=is_running)
+
+    try:
+        yield page(True)
+        streams = dict(enumerate(start(asked, names, prompt, stop_texts, *numbers)))
+        while streams and session not in STOPPED:
+            for i, stream in list(streams.items()):
+                step = next(stream, None)
+                if step is None:
+                    lines[i] += ": done"
+                    del streams[i]
+                    continue
+                texts[i], counts[i], seconds = step
+                lines[i] = f"{counts[i]} tokens, {counts[i] / seconds:,.0f} per second"
+            if time.perf_counter() - shown > 0.04:  # as often as an eye can see
+                shown = time.perf_counter()
+                yield page(True)
+        for i in streams:
+            lines[i] += f": stopped at {counts[i]}"
+        yield page(False)
     except ValueError as e:
+        texts, lines = ["", ""], ["", ""]
+        yield page(False)
         raise gr.Error(html.escape(str(e)), print_exception=False) from None
 
 
 def page(asked):
     import gradio as gr
 
+    def choices():
+        return [(text, name) for name, text in found(asked).items()]
+
+    def run(request: gr.Request, *values):
+        yield from show(asked, request.session_hash, *values)
+
+    def stop_it(request: gr.Request):
+        STOPPED.add(request.session_hash)
+
+    def refresh(left, right):
+        now = found(asked)
+        return (gr.Dropdown(choices(), value=left if left in now else next(iter(now), None)),
+                gr.Dropdown([("none", ""), *choices()], value=right if right in now else ""))
+
+    def generate(checkpoint: str, prompt: str, seed: int = 1337, length: int = 200,
+                 temperature: float = 0.8, top_k: int = 50, top_p: float = 1.0,
+                 repetition_penalty: float = 1.0, stop: str = "") -> str:
+        """The text after the prompt; checkpoint: as on the page, stop: texts that end it, by line."""
+        values = (seed, length, temperature, top_k, top_p, repetition_penalty)
+        try:
+            return list(start(asked, [checkpoint], prompt or "\n", stop, *values)[0])[-1][0]
+        except ValueError as e:
+            raise gr.Error(str(e), print_exception=False) from None
+
     with gr.Blocks(title="SmolLM2", analytics_enabled=False, fill_width=True) as blocks:
         gr.Markdown("# SmolLM2\nWrite a beginning, and the model goes on.")
         with gr.Row():
-            with gr.Column(scale=5):
-                prompt = gr.Textbox("ROMEO:", label="Prompt", lines=3, elem_id="prompt")
+            with gr.Column(scale=5, min_width=340):
+                prompt = gr.Textbox("ROMEO:", label="Prompt", info="Ctrl-Enter generates", lines=3,
+                                    elem_id="prompt")
+                gr.Examples(BEGINNINGS, prompt, label="Beginnings")
                 with gr.Row():
-                    go = gr.Button("Generate", variant="primary", elem_id="go")
-                    stop = gr.Button("Stop", elem_id="stop")
-                text = gr.Textbox(label="Text", lines=20, max_lines=20, buttons=["copy"], elem_id="text")
-                speed = gr.Markdown(elem_id="speed")
-            with gr.Column(scale=3):
-                name = gr.Dropdown(found(asked), label="Checkpoint", elem_id="checkpoint")
-                sliders = [gr.Slider(low, high, value, step=step, label=label, info=info, elem_id=label.lower()[:6])
-                           for label, low, high, value, step, info in SLIDERS]
-                seed = gr.Number(1337, label="Seed", info="The same seed gives the same text again", elem_id="seed")
-        inputs = [name, prompt, seed, *sliders]
-        # Four texts at a time; who comes later waits in line, and the page shows the place.
-        event = go.click(lambda *values: (yield from write(asked, *values)), inputs, [text, speed], concurrency_limit=4,
-                         show_progress="minimal", show_progress_on=speed)
-        stop.click(None, cancels=[event])
-        blocks.load(lambda old: gr.Dropdown(now := found(asked), value=old if old in now else now[0] if now else None),
-                    name, name)
+                    go = gr.Button("Generate", variant="primary", elem_id="go", min_width=90)
+                    again = gr.Button("Another seed", elem_id="again", min_width=90)
+                    on = gr.Button("Continue", elem_id="on", min_width=90)
+                    stop = gr.Button("Stop", variant="stop", elem_id="stop", min_width=90,
+                                     visible=False)
+                with gr.Row():
+                    columns = []
+                    for side in ("left", "right"):
+                        with gr.Column(visible=side == "left", min_width=280) as column:
+                            line = gr.Markdown(elem_classes="speed", elem_id=f"{side}-speed")
+                            text = gr.HTML(elem_id=f"{side}-text")
+                            columns.append((column, text, line))
+            with gr.Column(scale=3, min_width=300):
+                left = gr.Dropdown(choices(), label="Checkpoint", elem_id="checkpoint")
+                right = gr.Dropdown([("none", ""), *choices()], value="", elem_id="beside",
+                                    label="Beside it", info="From the same prompt and seed")
+                seed = gr.Number(1337, label="Seed", info="The same seed gives the same text again",
+                                 elem_id="seed")
+                sliders = [gr.Slider(low, high, value, step=step, label=label, info=info,
+                                     elem_id=label.lower()[:6])
+                           for label, (low, high, value, step, info) in SLIDERS.items()]
+                stops = gr.Textbox(label="Stop texts", info="One a line; \\n is a line break", lines=2,
+                                   elem_id="stops")
+        written = gr.State("")
+        (_, left_text, left_line), (right_column, right_text, right_line) = columns
+        write_it = {"fn": run, "inputs": [left, right, prompt, stops, seed, *sliders],
+                    "outputs": [left_text, right_text, left_line, right_line, written, stop],
+                    "concurrency_limit": 8, "show_progress": "hidden", "api_visibility": "private"}
+        private = {"api_visibility": "private", "show_progress": "hidden"}
+        go.click(**write_it)
+        again.click(lambda: random.randrange(2**31), None, seed, **private).then(**write_it)
+        on.click(lambda old, text: text or old, [prompt, written], prompt, **private).then(**write_it)
+        stop.click(stop_it, **private)
+        right.change(lambda name: gr.Column(visible=bool(name)), right, right_column, **private)
+        blocks.load(refresh, [left, right], [left, right], **private)
+        blocks.load(None, js=CTRL_ENTER)
+        gr.api(generate, api_name="generate")
     return blocks
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(prog="python -m tools.demo", description=__doc__, allow_abbrev=False,
+    parser = argparse.ArgumentParser(prog="python -m tools.demo", description=__doc__,
+                                     allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = lambda message: fail(message, 2)
-    parser.add_argument("--checkpoint", nargs="+", default=os.environ.get("CHECKPOINT", "").split(), metavar="NAME",
-                        help="as for sample.py; several become a choice [the variable CHECKPOINT, else all found here]")
-    parser.add_argument("--port", type=int, help="of the page [the first free one from 7860 on]")
-    parser.add_argument("--host", help="0.0.0.0 lets other machines in [the variable GRADIO_SERVER_NAME, else 127.0.0.1]")
+    add = parser.add_argument
+    add("--checkpoint", nargs="+", default=os.environ.get("CHECKPOINT", "").split(), metavar="NAME",
+        help="as for sample.py; several become a choice [the variable CHECKPOINT, else all here]")
+    add("--port", type=int, help="of the page [the first free one from 7860 on]")
+    add("--host", help="0.0.0.0 lets others in [the variable GRADIO_SERVER_NAME, else 127.0.0.1]")
     args = parser.parse_args(argv)
     try:
         import gradio as gr
     except ImportError:
         fail("gradio is missing: pip install -r tools/requirements.txt")
     if not found(args.checkpoint):
-        fail("there is no checkpoint here: python train.py config/smollm2.py makes one, or name one with --checkpoint")
-    theme = gr.themes.Soft(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])  # none from the web
+        fail("there is no checkpoint here: python train.py config/smollm2.py makes one, or name one "
+             "with --checkpoint")
+    import model
+    model.compiler_problem = lru_cache(model.compiler_problem)  # it forgets what is compiled
+    theme = gr.themes.Soft(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
     try:
-        page(args.checkpoint).queue().launch(server_name=args.host, server_port=args.port, share=False, theme=theme,
-                                             css=CSS, footer_links=[], ssr_mode=False, show_error=True)
+        blocks = page(args.checkpoint).queue()
+        _, url, _ = blocks.launch(server_name=args.host, server_port=args.port, share=False,
+                                  theme=theme, css=CSS, footer_links=["api"], ssr_mode=False,
+                                  show_error=True, quiet=True, prevent_thread_lock=True)
     except OSError as e:
         fail(e)
+    print(f"open {url} (Ctrl-C ends it)", flush=True)
+    blocks.block_thread()
 
 
 if __name__ == "__main__":

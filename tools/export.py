@@ -1,48 +1,57 @@
-"""Writes a trained model as a folder that transformers, llama.cpp, sample.py and the Hugging Face hub can read.
+"""Writes a trained model as a folder that transformers, llama.cpp, sample.py and the hub can read.
 
-    python -m tools.export out/ exported/                            # the newest checkpoint, in fp32
-    python -m tools.export out/best exported/ --dtype bfloat16       # the lowest held-out loss, half the size
-    python -m tools.export out/ exported/ --push_to_hub USER/NAME    # and uploads it (log in first: hf auth login)
+    python -m tools.export out/ exported/                         # the newest checkpoint, in fp32
+    python -m tools.export out/best exported/ --dtype bfloat16    # the best one, at half the size
+    python -m tools.export out/ exported/ --licence mit --push_to_hub USER/NAME    # (hf auth login)
 
-The folder holds model.safetensors, config.json, generation_config.json, the tokenizer, and a model card README.md with
-the recipe, the data, the losses and, where matplotlib is installed, the curve.
+The folder holds the weights, config.json, the tokenizer, and a model card README.md with the data,
+the losses, the recipe and, where matplotlib is installed, the curve.
 """
 import argparse
 import json
 import math
 import os
 import re
+import shutil
 import sys
 import tempfile
+from dataclasses import fields
 from pathlib import Path
 
-REPO = r"[\w.-]+/[\w.-]+"  # USER/NAME on the hub
+HUB_NAME = r"[\w.-]+/[\w.-]+"
+HUB_DATASET = rf"({HUB_NAME})(:[\w.-]+)?, split \S+"  # how tools.corpus names it in meta.json
+PATHS = ("out_dir", "data_dir", "init_from")  # folders of this machine are nobody's business
 CARD = """---
 {front}
 ---
 
-# {name}
+# {title}
 
 {summary}
 {warning}
+A base model: it continues text and follows no instructions; it knows what its training text says,
+wrong or not, and may write what is false or offensive.
+
 ## Use
 
 ```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import pipeline
 
-tokenizer = AutoTokenizer.from_pretrained("{place}")
-model = AutoModelForCausalLM.from_pretrained("{place}")
-ids = model.generate(**tokenizer("ROMEO:", return_tensors="pt"), max_new_tokens=100)
-print(tokenizer.decode(ids[0]))
+print(pipeline("text-generation", "{place}")("ROMEO:", max_new_tokens=100)[0]["generated_text"])
 ```
 
-or, with the `sample.py` of the project that trained it: `python sample.py --checkpoint {place} --prompt "ROMEO:"`.
+```sh
+python sample.py --checkpoint {place} --prompt "ROMEO:"    # in the trainer's own folder
+lm_eval --model hf --model_args pretrained={place} --tasks lambada_openai,hellaswag
+python llama.cpp/convert_hf_to_gguf.py {folder} --outfile {title}.gguf
+llama-completion -m {title}.gguf -p "ROMEO:" -no-cnv
+printf 'FROM ./{title}.gguf\\nTEMPLATE "{{{{ .Prompt }}}}"\\n' > Modelfile
+ollama create {title} && ollama run {title} "ROMEO:"
+```
 
-## Data
+## Data and losses
 
 {data}
-
-## Losses
 
 {losses}
 
@@ -52,146 +61,235 @@ or, with the `sample.py` of the project that trained it: `python sample.py --che
 {recipe}
 ```
 
-Made with {machine}.
+Trained by SmolLM2-135M, trained from scratch (`train.py`, {machine}).
 """
 
 
 def fail(message, code=1):
-    print(f"tools.export: {message}", file=sys.stderr)
+    print("tools.export:", *str(message).split(), file=sys.stderr)
     raise SystemExit(code)
 
 
-def read_meta(state):
-    """The meta.json of the data that the checkpoint was trained on; {} where they are gone or others by now."""
-    from train import Data
+def save_pretrained(model, folder, dtype, **extra):
+    """Writes model.safetensors and config.json as transformers reads them; extra: more fields."""
+    from safetensors.torch import save_file
 
+    from model import SmolLM2Config
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    weights = {name: p.detach().to("cpu", dtype).contiguous()
+               for name, p in model.named_parameters()}  # the tied matrix is there once
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "model.safetensors").chmod(0o666 & ~umask())  # safetensors shuts others out
+    config = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu",
+              "attention_bias": False, "mlp_bias": False, "tie_word_embeddings": True,
+              "head_dim": model.config.head_dim, "torch_dtype": str(dtype).removeprefix("torch."),
+              **{f.name: getattr(model.config, f.name) for f in fields(SmolLM2Config)}, **extra}
+    write_json(folder / "config.json", config)
+
+
+def umask():
+    old = os.umask(0)
+    os.umask(old)
+    return old
+
+
+def write_json(file, content):
+    file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def save_tokenizer(tokenizer, folder):
+    """Writes the tokenizer so that transformers 4, and what builds on it, reads it, too."""
+    tokenizer.save_pretrained(folder)
+    file = folder / "tokenizer_config.json"
+    config = json.loads(file.read_text(encoding="utf-8"))
+    for name in ("backend", "is_local", "local_files_only"):
+        config.pop(name, None)
+    if "extra_special_tokens" in config:
+        config["additional_special_tokens"] = config.pop("extra_special_tokens")
+    write_json(file, {**config, "tokenizer_class": "PreTrainedTokenizerFast",
+                      "model_input_names": ["input_ids", "attention_mask"]})
+
+
+def read_meta(state):
+    """The meta.json of the data that were trained on; {} where they are gone, or others by now."""
+    from prepare import Data
     folder = Path(state["config"]["data_dir"])
     try:
         meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
         return meta if Data(None, None, meta, folder).fingerprint() == state["data"] else {}
-    except (OSError, ValueError, LookupError, TypeError):
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
         return {}
 
 
-def losses_of(state, meta, name, folder):
-    """The card's part on losses, in Markdown; draws plot.png into the folder where matplotlib is installed."""
-    from tools.plot import draw, read_metrics
-
+def read_commit(state):
+    """The git commit that the run was made with; "" where nobody wrote it down."""
     try:
-        rows = [row for row in read_metrics(state["file"].parent) if row["step"] <= state["step"]]
-    except ValueError:
-        rows = []
-    parts = [f"The last training loss is {rows[-1]['loss']:.4f} (step {rows[-1]['step']})."] if rows else []
-    if state["best"]:
-        parts.append(f"The lowest held-out loss of the run up to here is **{state['best']['val_loss']:.4f}** (step "
-                     f"{state['best']['step']}); these are the weights of step {state['step']}.")
-    parts = [" ".join(parts) or "None were kept."]
+        run = json.loads((state["file"].parent / "run.json").read_text(encoding="utf-8"))
+        return run["git"][:12] if re.fullmatch("[0-9a-f]{40,64}", run["git"]) else ""
+    except (OSError, ValueError, LookupError, TypeError):
+        return ""
+
+
+def metrics_of(loss, meta):
+    """The figures of a held-out loss, nats a token, by their names in a model-index."""
+    figures = {"loss": loss, "perplexity": math.exp(min(loss, 99))}
+    if meta:
+        bytes_per_token = meta["val_bytes"] / meta["val_tokens"]
+        figures["bits_per_byte"] = loss / math.log(2) / bytes_per_token
+    return {name: round(value, 4) for name, value in figures.items()}
+
+
+def front_matter(args, state, meta, dataset, figures, title):
+    """The card's YAML: what the hub files the model under."""
+    from huggingface_hub import EvalResult, ModelCardData
+    source = meta.get("source", "held-out text")
+    results = [EvalResult("text-generation", dataset or "text", source, name, value,
+                          dataset_split="held out") for name, value in figures.items()]
+    init = state["config"]["init_from"]
+    is_hub_name = re.fullmatch(HUB_NAME, init) and not os.path.exists(init)
+    facts = {"license": args.licence, "language": args.language, "library_name": "transformers",
+             "pipeline_tag": "text-generation", "tags": ["llama", "smollm2"], "model_name": title,
+             "base_model": init if is_hub_name else None, "datasets": dataset or None,
+             "eval_results": results or None}
+    return ModelCardData(**{name: fact for name, fact in facts.items() if fact}).to_yaml()
+
+
+def describe_losses(rows, state, meta, figures):
+    """What the card says of the losses, in Markdown."""
+    here = ", ".join(f"{name.replace('_', ' ')} {value:.4f}" for name, value in figures.items())
+    parts = [f"Held-out {here}." if here else "These weights were not evaluated."]
+    best = state["best"]
+    if best and best["step"] != state["step"]:
+        parts[0] += f" The run's lowest loss up to here: {best['val_loss']:.4f}, step {best['step']}."
     tests = [row for row in rows if row.get("val_loss") is not None]
-    tests = tests if len(tests) <= 12 else [tests[round(i * (len(tests) - 1) / 11)] for i in range(12)]
-    bits = meta.get("val_tokens", 0) / meta.get("val_bytes", 1) / math.log(2)  # times nats a token: bits a byte
+    shown = {round(i * (len(tests) - 1) / 7) for i in range(8)}  # eight lines at most
+    table = ["| step | training loss | held-out loss | perplexity |", "|" + " ---: |" * 4]
+    for row in [tests[i] for i in sorted(shown) if tests]:
+        perplexity = metrics_of(row["val_loss"], {})["perplexity"]
+        table.append(f"| {row['step']} | {row['loss']:.4f} | {row['val_loss']:.4f} "
+                     f"| {perplexity:.2f} |")
     if tests:
-        parts.append("\n".join(["| step | training loss | held-out loss | perplexity | bits per byte |", "|" + " ---: |" * 5, *(
-            f"| {row['step']} | {row['loss']:.4f} | {row['val_loss']:.4f} | {math.exp(min(row['val_loss'], 99)):.2f} | "
-            f"{round(row['val_loss'] * bits, 4) or '?'} |" for row in tests)]))
+        parts.append("\n".join(table))
+    return parts
+
+
+def write_card(args, folder, state, parameters, title):
+    """README.md and, where matplotlib is installed, plot.png."""
+    from tools.plot import draw, read_metrics
+    config, meta, step, rows = state["config"], read_meta(state), state["step"], []
+    if (state["file"].parent / "metrics.jsonl").exists():
+        rows = [r for r in read_metrics(state["file"].parent) if r["step"] <= step]
+    evaluated = [r["val_loss"] for r in rows if r["step"] == step and r.get("val_loss") is not None]
+    figures = metrics_of(evaluated[0], meta) if evaluated else {}
+    losses = describe_losses(rows, state, meta, figures)
     if rows:
         try:
-            draw({name: rows}, folder / "plot.png")
-            parts.append("![Loss, learning rate, gradient norm and speed](plot.png)")
+            draw({title: rows}, folder / "plot.png")
+            losses.append("![Loss, learning rate, gradient norm and speed](plot.png)")
         except ImportError:
             pass  # the table says it, too
-    return "\n\n".join(parts)
-
-
-def write_card(folder, state, parameters, dtype, name):
-    """README.md, and plot.png beside it. name: how others will call the model."""
-    config, meta, step = state["config"], read_meta(state), state["step"]
-    config = {key: os.path.basename(os.path.normpath(value)) if os.path.isabs(str(value)) else value
-              for key, value in config.items() if key != "out_dir"}  # this machine's folders are nobody's business
-    init = config["init_from"]
-    front = ["library_name: transformers", "pipeline_tag: text-generation", "tags:", "- llama", "- smollm2"]
-    front += [f"base_model: {init}"] if re.fullmatch(REPO, init) and not os.path.exists(init) else []
-    data = f"Source: `{meta.get('source', 'unknown (the data are gone, or others by now)')}`"
+    match = re.fullmatch(HUB_DATASET, meta.get("source", ""))
+    dataset = match[1] if match else ""
+    tokens = state["tokens"]
+    data = f"{tokens:,} tokens were trained on."
     if meta:
-        seen = step * config["batch_size"] * config["block_size"]
-        data += (f", tokenizer: `{meta['tokenizer']}`. " if "tokenizer" in meta else ". ") + \
-            f"{meta['train_tokens']:,} tokens to train on, {meta['val_tokens']:,} held out; " \
-            f"{seen:,} tokens ({seen / meta['train_tokens']:.2f} epochs) were trained on."
+        name, tokenizer = (os.path.basename(meta.get(key, "?")) if os.path.isabs(meta.get(key, "?"))
+                           else meta.get(key, "?") for key in ("source", "tokenizer"))
+        data = (f"Text: {name}; tokenizer: {tokenizer}. {meta['train_tokens']:,} tokens to train on,"
+                f" {meta['val_tokens']:,} held out; {tokens:,} ({tokens / meta['train_tokens']:.2f} "
+                "epochs) were trained on.")
+    warning = ""
+    if meta.get("stand_in"):
+        warning = (f"\n> [!WARNING]\n> **STAND-IN DATA.** The real {meta['stand_in']} could not be "
+                   "fetched when the data were prepared.\n> This model is a try, not a result.\n")
+    origin = f"fine-tuned from {os.path.basename(config['init_from'])}"
+    if not config["init_from"]:
+        origin = "trained from random weights"
+    commit = read_commit(state)
+    machine = [f"{key} {value}" for key, value in state["machine"].items()]
+    place = args.push_to_hub or title
     (folder / "README.md").write_text(CARD.format(
-        front="\n".join(front), name=name.split("/")[-1], place=name, data=data,
-        summary=f"A language model with {parameters:,} parameters in the architecture of SmolLM2 (Llama), "
-                f"{'fine-tuned from ' + init if init else 'trained from random weights'} for {step:,} steps. The weights "
-                f"are stored in {dtype}.",
-        warning="\n> [!WARNING]\n> **STAND-IN DATA.** The real " + meta["stand_in"] + " could not be fetched when the data "
-                "were prepared. This model is a try, not a result.\n" if meta.get("stand_in") else "",
-        losses=losses_of(state, meta, name, folder),
-        recipe="\n".join(f"{key} = {value!r}" for key, value in config.items()),
-        machine=", ".join(f"{key} {value}" for key, value in state["machine"].items())), encoding="utf-8")
+        front=front_matter(args, state, meta, dataset, figures, title), title=title, place=place,
+        folder=title, data=data, losses="\n\n".join(losses), warning=warning,
+        summary=f"A language model of {parameters:,} parameters in the architecture of SmolLM2 "
+                f"(Llama), {origin} for {step:,} steps; its weights are {args.dtype}.",
+        machine=", ".join(([f"git {commit}"] if commit else []) + machine),
+        recipe="\n".join(f"{k} = {v!r}" for k, v in config.items() if k not in PATHS)),
+        encoding="utf-8")
 
 
-def export(args, say):
-    """Writes the folder. Raises ValueError where the checkpoint does not load."""
+def export(args):
+    """Writes the folder. Raises ValueError where there is nothing to export, or OSError."""
     import torch
 
-    from model import save_pretrained
     from sample import load
-
-    model, tokenizer, state = load(args.checkpoint, say)
+    model, tokenizer, state = load(args.checkpoint)
     if not state:
         raise ValueError(f"{args.checkpoint} is no checkpoint of train.py")
-    name = args.push_to_hub or args.folder.resolve().name
-    tokens = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
+    title = (args.push_to_hub or args.folder.resolve().name).split("/")[-1]
+    ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
+    tokenizer.model_max_length = model.config.max_position_embeddings
     args.folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".export-", dir=args.folder.parent) as folder:  # nothing half written
-        folder = Path(folder, "model")
-        save_pretrained(model, folder, getattr(torch, args.dtype), **tokens)
-        tokenizer.model_max_length = model.config.max_position_embeddings
-        tokenizer.save_pretrained(folder)
-        (folder / "generation_config.json").write_text(json.dumps(
-            {**tokens, "do_sample": True, "temperature": 0.8, "top_k": 50}, indent=2))  # as sample.py
-        write_card(folder, state, sum(p.numel() for p in model.parameters()), args.dtype, name)
+    new = Path(tempfile.mkdtemp(prefix=".export-", dir=args.folder.parent))  # nothing half written
+    try:
+        save_pretrained(model, new, getattr(torch, args.dtype), **ids)
+        save_tokenizer(tokenizer, new)
+        generation = {**ids, "do_sample": True, "temperature": 0.8, "top_k": 50}  # as sample.py
+        write_json(new / "generation_config.json", generation)
+        write_card(args, new, state, sum(p.numel() for p in model.parameters()), title)
         args.folder.mkdir(exist_ok=True)
-        (folder / "model.safetensors").chmod((folder / "config.json").stat().st_mode)  # safetensors shuts others out
-        for file in folder.iterdir():
+        for file in new.iterdir():
             os.replace(file, args.folder / file.name)
+    finally:
+        shutil.rmtree(new)
 
 
 def push(folder, name, private):
     """Uploads the folder. Raises what huggingface_hub raises."""
     from huggingface_hub import HfApi
-
     api = HfApi()
     api.create_repo(name, private=private, exist_ok=True)
-    return api.upload_folder(repo_id=name, folder_path=folder, commit_message="Upload a model and its card")
+    return api.upload_folder(repo_id=name, folder_path=folder,
+                             commit_message="Upload a model and its card")
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(prog="python -m tools.export", description=__doc__, allow_abbrev=False,
+    parser = argparse.ArgumentParser(prog="python -m tools.export", description=__doc__,
+                                     allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = lambda message: fail(message, 2)
-    parser.add_argument("checkpoint", help="a checkpoint file, an out_dir (its newest), 'best' or OUT_DIR/best")
-    parser.add_argument("folder", type=Path, help="the folder to write")
-    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="of the weights [float32]")
-    parser.add_argument("--overwrite", action="store_true", help="replace files in a folder that is not empty")
-    parser.add_argument("--push_to_hub", metavar="USER/NAME", help="then upload the folder as this model")
-    parser.add_argument("--private", action="store_true", help="with --push_to_hub: make it visible to you alone")
+    add = parser.add_argument
+    add("checkpoint", help="a file, an out_dir (its newest), best, OUT_DIR/best")
+    add("folder", type=lambda text: Path(text).expanduser(), help="the folder to write")
+    add("--dtype", choices=["float32", "bfloat16"], default="float32", help="[float32]")
+    add("--licence", "--license", metavar="NAME", help="for the card: mit, apache-2.0, cc-by-4.0, "
+        "... (not given: the card names none)")
+    add("--language", metavar="CODE", help="of the text, for the card: en, de, ...")
+    add("--overwrite", action="store_true", help="replace files in a folder that is not empty")
+    add("--push_to_hub", metavar="USER/NAME", help="then upload the folder as this model")
+    add("--private", action="store_true", help="with --push_to_hub: visible to you alone")
     args = parser.parse_args(argv)
-    say = lambda text: print(f"tools.export: {text}", file=sys.stderr, flush=True)  # noqa: E731
-    if args.push_to_hub and not re.fullmatch(REPO, args.push_to_hub):
+    if args.push_to_hub and not re.fullmatch(HUB_NAME, args.push_to_hub):
         fail(f"--push_to_hub {args.push_to_hub}: must be USER/NAME", 2)
-    if args.folder.exists() and (not args.folder.is_dir() or any(args.folder.iterdir())) and not args.overwrite:
-        fail(f"{args.folder} is not empty: choose another folder, or replace its files with --overwrite", 2)
+    is_taken = args.folder.exists() and not (args.folder.is_dir() and not any(args.folder.iterdir()))
+    if is_taken and not (args.folder.is_dir() and args.overwrite):
+        fail(f"{args.folder} is not empty: choose another folder, or replace its files with "
+             "--overwrite", 2)
     try:
-        export(args, say)
+        export(args)
     except ValueError as e:
         fail(e)
     except OSError as e:
         fail(f"cannot write {args.folder}: {e.strerror or e}")
-    say(f"{args.folder} is written")
+    print(f"{args.folder} is written", file=sys.stderr)
     if args.push_to_hub:
         try:
-            say(f"uploaded: {push(args.folder, args.push_to_hub, args.private)}")
+            where = push(args.folder, args.push_to_hub, args.private)
+            print(f"uploaded: {where}", file=sys.stderr)
         except Exception as e:  # whatever the network or the hub has to say
-            fail(f"the upload failed: {(str(e).strip().splitlines() or [type(e).__name__])[0]} (logged in? hf auth login)")
+            problem = (str(e).strip().splitlines() or [type(e).__name__])[0]
+            fail(f"the upload failed: {problem} (logged in? hf auth login)")
 
 
 if __name__ == "__main__":
