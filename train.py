@@ -782,7 +782,7 @@ def check(config, world_size):
                  ("sequences of a process", share, "micro_batch_size", c.micro_batch_size or 1)]
     limits = [("block_size", c.block_size, "max_position_embeddings", c.max_position_embeddings),
               ("min_lr", c.min_lr, "learning_rate", c.learning_rate),
-              ("beta1", c.beta1, "allowed", 0.99999), ("beta2", c.beta2, "allowed", 0.99999)]
+              ("beta1", c.beta1, "its limit", 0.9999), ("beta2", c.beta2, "its limit", 0.9999)]
     wrong += [f"{a} = {x}: not a multiple of {b} = {y}" for a, x, b, y in multiples if x % y]
     wrong += [f"{a} = {x}: more than {b} = {y}" for a, x, b, y in limits if x > y]
     if c.hidden_size // c.num_attention_heads % 2:
@@ -798,21 +798,28 @@ def find_run(overrides, args):
     """(out, source): the folder of the run, and what to resume from (None: nothing)."""
     out = Path(overrides.get("out_dir", TrainConfig.out_dir))
     if args.resume in (None, "", "auto"):
-        return out, None if args.resume is None else out
-    source = Path(args.resume).expanduser()
-    folder = source if source.is_dir() else source.parent
-    if "out_dir" in overrides and folder.resolve() != out.resolve():
-        usage_error(f"--resume={source} goes on in {folder}, not in out_dir = {out}: give one")
-    return folder, source
+        source = None if args.resume is None else out
+    else:
+        source = Path(args.resume).expanduser()
+        folder = source if source.is_dir() else source.parent
+        if not source.exists():
+            usage_error(f"--resume={source}: there is no such file or folder")
+        if "out_dir" in overrides and folder.resolve() != out.resolve():
+            usage_error(f"--resume={source} goes on in {folder}, not in out_dir = {out}: give one")
+        out = folder
+    foreign = [name for name in ("metrics.jsonl", "samples", "tokenizer") if (out / name).exists()]
+    if foreign and not is_run(out):
+        usage_error(f"out_dir = {out} holds files of something else ({foreign[0]}): choose another")
+    return out, source
+
+
+def is_run(folder):
+    return (folder / "run.json").exists() or bool(checkpoints(folder))
 
 
 def load_run(out, source, overrides, args):
     """(config, state): state is the checkpoint's dict, or None where a run is to start."""
     config = TrainConfig(**overrides)
-    is_ours = bool(checkpoints(out)) or (out / "run.json").exists()
-    theirs = [name for name in ("metrics.jsonl", "samples", "tokenizer") if (out / name).exists()]
-    if theirs and not is_ours:
-        usage_error(f"out_dir = {out} holds files of something else ({theirs[0]}): choose another")
     if source is None and checkpoints(out) and not args.overwrite:
         usage_error(f"{out} holds a run: go on with --resume, or choose another --out_dir, or "
                     "delete it with --overwrite")
@@ -1008,7 +1015,7 @@ def main(argv=None):
     out, source = find_run(overrides, args)
     again = resume_command(out)
     try:
-        if is_first and out.is_dir():
+        if is_first and is_run(out):
             held = lock(out)
         config, run, net, data, machine = set_up(out, source, overrides, args)
         log = None

@@ -1,16 +1,14 @@
 """Many processes: the losses of one, the same bits after every stop, and an end for all when one fails."""
-import json
 import os
 import signal
 import socket
 import time
 
 import pytest
-from conftest import differences
 
 import train
-from tests.torture import (ROOT, RUN, Process, descendants, expect, intact, last_step, lost_bits, make_data,
-                           run_main)
+from tests.harness import (ROOT, RUN, Process, descendants, differences, expect, intact, last_step, lost_bits,
+                           make_data, metrics, train_here)
 
 STEPS = 40
 pytestmark = pytest.mark.slow
@@ -24,7 +22,7 @@ def free_port():
 
 def torchrun(folder, *argv, agent=("--standalone", "--nproc_per_node=2"), script=ROOT / "train.py", **env):
     """A torchrun of train.py in folder; ends with all its workers when its block ends."""
-    return Process(["-m", "torch.distributed.run", *agent, script, *argv], folder, **env)
+    return Process(["-m", "torch.distributed.run", *agent, script, *argv], folder, OMP_NUM_THREADS="1", **env)
 
 
 @pytest.fixture(scope="module")
@@ -42,17 +40,12 @@ def keys(data, *more):
     return [*RUN, f"--data_dir={data}", "--out_dir=out", f"--max_steps={STEPS}", "--resume=auto", *more]
 
 
-def lines(out):
-    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-
-
 def test_two_processes_have_the_losses_of_one(shared, tmp_path):
     folder, data, two, text = shared
-    done = run_main(train.main, *RUN, f"--data_dir={data}", f"--out_dir={tmp_path / 'one'}", f"--max_steps={STEPS}",
-                    "--micro_batch_size=1")
+    done = train_here(data, tmp_path / "one", f"--max_steps={STEPS}", "--micro_batch_size=1")
     assert done.code == 0, done.err
     one, two = (train.read_checkpoint(out / f"step_{STEPS:06d}.pt") for out in (tmp_path / "one", two))
-    of_one, of_two = lines(tmp_path / "one"), lines(folder / "two")
+    of_one, of_two = metrics(tmp_path / "one"), metrics(folder / "two")
     for a, b in zip(of_one, of_two, strict=True):
         for key in ("loss", "grad_norm", *(["val_loss"] if "val_loss" in a else [])):
             assert a[key] == pytest.approx(b[key], rel=2e-4), (a, b)
@@ -63,19 +56,20 @@ def test_two_processes_have_the_losses_of_one(shared, tmp_path):
 
 
 def test_two_processes_have_the_losses_of_one_with_muon(shared, tmp_path):
-    keys = [*RUN, f"--data_dir={shared[1]}", "--optimizer=muon", "--max_steps=12"]
-    assert run_main(train.main, *keys, f"--out_dir={tmp_path / 'one'}").code == 0
-    with torchrun(tmp_path, *keys, "--out_dir=two") as p:
+    muon = ["--optimizer=muon", "--max_steps=12"]
+    assert train_here(shared[1], tmp_path / "one", *muon).code == 0
+    with torchrun(tmp_path, *keys(shared[1], *muon, "--out_dir=two")) as p:
         expect(p.wait() == 0, p.text)
-    for a, b in zip(lines(tmp_path / "one"), lines(tmp_path / "two"), strict=True):
+    for a, b in zip(metrics(tmp_path / "one"), metrics(tmp_path / "two"), strict=True):
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-3)  # Muon's products are in bf16
 
 
 def test_one_process_writes_and_prints(shared):
     folder, _, two, text = shared
     assert text.count("device   cpu") == text.count(f"step {STEPS}/{STEPS} |") == text.count("done: ") == 1, text
-    assert "2 process(es)" in text and "Traceback" not in text
-    assert {p.name for p in two.iterdir()} - {"tensorboard"} == {".lock", "metrics.jsonl", *intact(two)}
+    assert "processes 2" in text and "Traceback" not in text
+    files = {p.name for p in two.iterdir()} - {"tensorboard", ".lock"}
+    assert files == {"metrics.jsonl", "run.json", "tokenizer", *intact(two)}
 
 
 def test_killed_at_two_processes_resumes_to_the_same_bits(shared, tmp_path):
@@ -133,18 +127,9 @@ def test_sigterm_to_torchrun_saves(shared, tmp_path):
 
 def node(folder, rank, port, *argv):
     """One of two machines: a torchrun of its own, which finds the other one by address and port."""
-    return torchrun(
-        folder,
-        *argv,
-        agent=(
-            "--nnodes=2",
-            "--nproc_per_node=1",
-            "--rdzv_backend=static",
-            f"--node_rank={rank}",
-            "--master_addr=127.0.0.1",
-            f"--master_port={port}",
-        ),
-    )
+    agent = ("--nnodes=2", "--nproc_per_node=1", "--rdzv_backend=static", f"--node_rank={rank}",
+             "--master_addr=127.0.0.1", f"--master_port={port}")
+    return torchrun(folder, *argv, agent=agent)
 
 
 def test_two_nodes_run_and_resume(shared, tmp_path):
@@ -173,24 +158,37 @@ def test_batch_that_does_not_divide_is_an_error(shared, tmp_path):
     _, data, _, _ = shared
     with torchrun(tmp_path, *keys(data, "--batch_size=3")) as p:
         assert p.wait(60) != 0
-        assert "batch_size = 3: not a multiple of the 2 processes" in p.text, p.text
+        assert "batch_size = 3: not a multiple of processes = 2" in p.text, p.text
     assert not train.checkpoints(tmp_path / "out")
+
+
+def worker(folder, first):
+    """A script that runs these lines, then train.py."""
+    path = folder / "worker.py"
+    path.write_text(f"import os, runpy, sys, time\nsys.path.insert(0, {str(ROOT)!r})\n{first}\n"
+                    f"runpy.run_path({str(ROOT / 'train.py')!r}, run_name='__main__')\n")
+    return path
 
 
 def test_error_in_one_process_ends_all_with_it(shared, tmp_path):
     """The second process has another data folder, which lacks a file: it says so, and nobody waits for it."""
-    _, data, _, _ = shared
-    script = tmp_path / "worker.py"
-    script.write_text(f"import os, runpy, sys\nsys.path.insert(0, {str(ROOT)!r})\n"
-                      f"if os.environ['RANK'] == '1':\n    os.chdir({str(tmp_path / 'elsewhere')!r})\n"
-                      f"runpy.run_path({str(ROOT / 'train.py')!r}, run_name='__main__')\n")
     (tmp_path / "elsewhere").mkdir()
-    (tmp_path / "data").symlink_to(data, target_is_directory=True)
+    (tmp_path / "data").symlink_to(shared[1], target_is_directory=True)
+    script = worker(tmp_path, "if os.environ['RANK'] == '1':\n    os.chdir('elsewhere')")
     began = time.monotonic()
-    with torchrun(tmp_path, *RUN, "--data_dir=data", f"--out_dir={tmp_path / 'out'}", script=script) as p:
+    with torchrun(tmp_path, *keys("data"), script=script) as p:
         assert p.wait(60) != 0
         assert "'data' holds no prepared data" in p.text, p.text
         assert time.monotonic() - began < 50 and not train.checkpoints(tmp_path / "out")
+
+
+def test_first_process_may_be_late(shared, tmp_path):
+    """The others wait for it for longer than their connection to its store may take."""
+    script = worker(tmp_path, "import torch.distributed as dist\njoin = dist.init_process_group\n"
+                    "dist.init_process_group = lambda *a, **k: (os.environ['RANK'] == '0' and time.sleep(4), join(*a, **k))")
+    with torchrun(tmp_path, *keys(shared[1], "--max_steps=2"), script=script) as p:
+        expect(p.wait(120) == 0 and "Traceback" not in p.text, p.text)
+    assert last_step(tmp_path / "out") == 2
 
 
 def test_nothing_is_left_running():

@@ -1,24 +1,24 @@
-"""What goes out into the world, and what there is to look at: export, plots, TensorBoard, the demo page."""
+"""What goes out into the world, and what there is to look at: export, plots, events, the page, the benchmark."""
 import importlib.util
 import json
 import os
+import re
 import shutil
 import signal
 import socket
 import subprocess
 import sys
-import time
-import urllib.request
+import venv
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, TINY, metrics, run_main, wait_until
 
 import sample
 import train
 from model import SmolLM2Config, config_from_hf, from_pretrained
-from tools import demo, export, plot
+from tests.harness import ROOT, TINY, Process, metrics, run_main
+from tools import bench, demo, export, plot
 
 
 def needs(package):
@@ -30,8 +30,9 @@ def needs(package):
 def run_dir(data_dir, tmp_path_factory):
     """The out_dir of a short run with evaluations and samples."""
     out = tmp_path_factory.mktemp("run") / "out"
-    done = run_main(train.main, *TINY, f"--data_dir={data_dir}", f"--out_dir={out}", "--max_steps=12", "--eval_interval=4",
-                    "--sample_interval=6", "--checkpoint_interval=6", "--max_position_embeddings=8192")
+    done = run_main(train.main, *TINY, f"--data_dir={data_dir}", f"--out_dir={out}", "--max_steps=12",
+                    "--eval_interval=4", "--sample_interval=6", "--checkpoint_interval=6",
+                    "--max_position_embeddings=8192")
     assert done.code == 0, done.err
     return out
 
@@ -47,16 +48,50 @@ def test_transformers_loads_an_export_and_gives_the_same_logits(run_dir, tokeniz
     ours = from_pretrained("exported").to(theirs.dtype)
     assert theirs.dtype == getattr(torch, dtype) and theirs.config.max_position_embeddings == 8192
     assert theirs.lm_head.weight.data_ptr() == theirs.model.embed_tokens.weight.data_ptr()
-    trained, _, _ = sample.load(str(run_dir), print)
+    trained, _, _ = sample.load(str(run_dir))
     for name, p in trained.named_parameters():
         assert torch.equal(p.to(ours.lm_head.weight.dtype), dict(ours.named_parameters())[name])
     idx = torch.randint(0, 49152, (2, 60), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         a, b = ours(idx)[0].float(), theirs(idx).logits.float()
     assert (a - b).abs().max() <= (1e-5 if dtype == "float32" else 0.03) * b.abs().max()
-    text = "First Citizen:\n  To be, or not to be? 1234 …été\n\n<|endoftext|>"
-    assert AutoTokenizer.from_pretrained("exported").encode(text) == tokenizer.encode(text)
+    for text in HARD_TEXTS:
+        assert AutoTokenizer.from_pretrained("exported").encode(text) == tokenizer.encode(text)
     assert theirs.generation_config.eos_token_id == tokenizer.eos_token_id
+    config = json.loads(Path("exported/config.json").read_text())
+    assert config.keys() & train.KEYS.keys() == SmolLM2Config.__dataclass_fields__.keys()  # sizes, no recipe
+
+
+HARD_TEXTS = ["2024 is 3.14159", "\N{ROCKET}\N{FAMILY} e\u0301t\xe9 \u4f60\u597d", "def f(x):\n\treturn x**2  # {}\n",
+              "a\r\nb\rc\n\n  d ", "a\0b", "First Citizen:\n  To be \u2026\n\n<|endoftext|><|im_start|>x"]
+IN_TRANSFORMERS = """
+import json, sys, transformers
+assert transformers.__version__ == "4.57.6", transformers.__version__
+tokenizer = transformers.AutoTokenizer.from_pretrained("exported")
+model = transformers.AutoModelForCausalLM.from_pretrained("exported")
+text = tokenizer("To be", return_tensors="pt")
+new = model.generate(**text, max_new_tokens=24, do_sample=False)
+print(json.dumps([[tokenizer.encode(t) for t in json.loads(sys.argv[1])], tokenizer.decode(new[0])]))
+"""
+
+
+@pytest.mark.slow
+def test_transformers_4_reads_an_export(run_dir, tokenizer, tmp_path):
+    """In an environment of its own, with this one's torch. (lm-eval, MLX and others still have version 4.)"""
+    venv.create("old", with_pip=True)
+    python = tmp_path / "old" / "bin" / "python"
+    site = next((tmp_path / "old" / "lib").iterdir()) / "site-packages"
+    installed = subprocess.run([python, "-m", "pip", "install", "-q", "transformers==4.57.6"], capture_output=True)
+    if installed.returncode:
+        pytest.skip("pip cannot install transformers 4.57.6 here")
+    (site / "torch.pth").write_text(str(Path(torch.__file__).parents[1]) + "\n")  # searched after its own
+    assert run_main(export.main, run_dir, "exported").code == 0
+    done = subprocess.run([python, "-c", IN_TRANSFORMERS, json.dumps(HARD_TEXTS)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    ids, text = json.loads(done.stdout)
+    assert ids == [tokenizer.encode(t) for t in HARD_TEXTS]
+    args = ["--prompt=To be", "--max_new_tokens=24", "--temperature=0", "--dtype=float32"]
+    assert text == run_main(sample.main, "--checkpoint=exported", *args).out.removesuffix("\n")
 
 
 def test_sample_and_training_go_on_from_an_export(run_dir, data_dir):
@@ -64,37 +99,58 @@ def test_sample_and_training_go_on_from_an_export(run_dir, data_dir):
     args = ["--prompt", "To be", "--max_new_tokens", "8", "--temperature", "0", "--dtype", "float32"]
     texts = [run_main(sample.main, "--checkpoint", name, *args).out for name in (run_dir, "exported")]
     assert texts[0].startswith("To be") and texts[0] == texts[1]
-    recipe = (ROOT / "config" / "finetune_shakespeare.py").read_text().replace("HuggingFaceTB/SmolLM2-135M", "exported")
-    Path("recipe.py").write_text(recipe)
-    done = run_main(train.main, "recipe.py", f"--data_dir={data_dir}", "--max_steps=2", "--compile=false", "--batch_size=2",
-                    "--block_size=16", "--eval_tokens=64", "--log_interval=1")
+    recipe = (ROOT / "config" / "finetune_shakespeare.py").read_text()
+    Path("recipe.py").write_text(recipe.replace("HuggingFaceTB/SmolLM2-135M", "exported"))
+    done = run_main(train.main, "recipe.py", f"--data_dir={data_dir}", "--max_steps=2", "--compile=false",
+                    "--batch_size=2", "--block_size=16", "--eval_tokens=64", "--log_interval=1", "--out_dir=fine")
     assert done.code == 0, done.err
-    first, last = metrics(run_dir)[0]["loss"], metrics("out-finetune")[0]["loss"]
+    first, last = metrics(run_dir)[0]["loss"], metrics("fine")[0]["loss"]
     assert first > 11 and last < first - 0.3  # it went on from what had been learned
 
 
-def test_the_card_tells_the_run(run_dir, data_dir):
-    assert run_main(export.main, run_dir, "exported").code == 0
-    card = Path("exported/README.md").read_text(encoding="utf-8")
-    yaml, rest = card.removeprefix("---\n").split("\n---\n", 1)
-    assert "library_name: transformers" in yaml
-    meta = json.loads((data_dir / "meta.json").read_text())
-    state = sample.load(str(run_dir), print)[2]
-    for told in ("learning_rate = 0.01", "max_steps = 12", "1,591,456 parameters", f"{state['best']['val_loss']:.4f}",
-                 f"{meta['train_tokens']:,} tokens", "AutoModelForCausalLM", "sample.py --checkpoint"):
-        assert told in rest
+def test_the_card_tells_the_run_and_no_folder(run_dir, data_dir, tmp_path):
+    import yaml
+    done = run_main(export.main, run_dir, tmp_path / "bard", "--licence=mit", "--language=en")
+    assert done.code == 0, done.err
+    card = Path("bard/README.md").read_text(encoding="utf-8")
+    front, rest = card.removeprefix("---\n").split("\n---\n", 1)
+    front, meta = yaml.safe_load(front), json.loads((data_dir / "meta.json").read_text())
+    state = sample.load(str(run_dir))[2]
+    loss = metrics(run_dir)[-1]["val_loss"]
+    assert (front["license"], front["language"], front["library_name"]) == ("mit", "en", "transformers")
+    figures = {m["type"]: m["value"] for m in front["model-index"][0]["results"][0]["metrics"]}
+    assert figures["perplexity"] == pytest.approx(2.718281828**loss, rel=1e-4)
+    bits = loss / 0.693147 * meta["val_tokens"] / meta["val_bytes"]
+    assert figures["bits_per_byte"] == pytest.approx(bits, rel=1e-4)
+    git = json.loads((run_dir / "run.json").read_text())["git"]
+    for told in ("learning_rate = 0.01", "max_steps = 12", "1,591,456 parameters", f"{loss:.4f}", git[:12],
+                 f"{meta['train_tokens']:,} tokens", f"{state['tokens']:,} tokens", "a base model".capitalize(),
+                 "sample.py --checkpoint bard", "lm_eval", "llama.cpp", "ollama"):
+        assert told in rest, told
     assert ("STAND-IN" in rest) == bool(meta["stand_in"])
-    assert str(run_dir) not in card and str(data_dir.parent) not in card.replace(f"`{meta['source']}`", "").replace(
-        f"`{meta['tokenizer']}`", "")
+    for name in ("README.md", "config.json", "generation_config.json", "tokenizer_config.json"):
+        text = Path("bard", name).read_text(encoding="utf-8")
+        assert not any(str(p) in text for p in (run_dir.parent, data_dir.parent, tmp_path, ROOT)), name
     if importlib.util.find_spec("matplotlib"):
-        assert "![" in rest and Path("exported/plot.png").read_bytes()[:4] == b"\x89PNG"
+        assert "![" in rest and Path("bard/plot.png").read_bytes()[:4] == b"\x89PNG"
 
 
-def test_a_stand_in_is_told_loudly(run_dir, monkeypatch):
-    monkeypatch.setattr(export, "read_meta", lambda state: {"source": "pydoc", "stand_in": "text and tokenizer",
-                                                            "train_tokens": 9, "val_tokens": 9, "val_bytes": 9})
-    assert run_main(export.main, run_dir, "exported").code == 0
-    assert "**STAND-IN DATA.** The real text and tokenizer could not" in Path("exported/README.md").read_text(encoding="utf-8")
+def test_a_card_without_its_data_or_metrics(run_dir, monkeypatch):
+    shutil.copytree(run_dir, "out")
+    for name in ("metrics.jsonl", "run.json"):
+        os.remove(f"out/{name}")
+    monkeypatch.setattr(export, "read_meta", lambda state: {})
+    assert run_main(export.main, "out", "bard").code == 0
+    card = Path("bard/README.md").read_text(encoding="utf-8")
+    assert "the data are gone" in card and "not evaluated" in card and "model-index" not in card
+    meta = {"source": "/home/me/secret/book.txt", "stand_in": "text", "train_tokens": 9, "val_tokens": 9, "val_bytes": 9}
+    monkeypatch.setattr(export, "read_meta", lambda state: meta)
+    assert run_main(export.main, "out", "bard", "--overwrite").code == 0
+    card = Path("bard/README.md").read_text(encoding="utf-8")
+    assert "**STAND-IN DATA.** The real text could not" in card and "Text: book.txt" in card and "secret" not in card
+    monkeypatch.setitem(meta, "source", "me/stories:small, split train")
+    assert run_main(export.main, run_dir, "bard", "--overwrite").code == 0
+    assert "datasets: me/stories\n" in Path("bard/README.md").read_text(encoding="utf-8")
 
 
 def test_export_replaces_nothing_unasked_and_names_what_is_wrong(run_dir):
@@ -105,10 +161,12 @@ def test_export_replaces_nothing_unasked_and_names_what_is_wrong(run_dir):
     assert run_main(export.main, run_dir, "mine", "--overwrite").code == 0 and os.path.exists("mine/precious")
     assert oct(os.stat("mine/model.safetensors").st_mode) == oct(os.stat("mine/config.json").st_mode)
     for argv, code, told in [(("nowhere", "x"), 1, "nowhere"), (("mine", "x"), 1, "no checkpoint of train.py"),
-                             ((run_dir, "x", "--push_to_hub", "name"), 2, "USER/NAME"), ((run_dir,), 2, "folder")]:
+                             ((run_dir, "x", "--push_to_hub", "name"), 2, "USER/NAME"), ((run_dir,), 2, "folder"),
+                             ((run_dir, "mine/precious", "--overwrite"), 2, "is a file")]:
         result = run_main(export.main, *argv)
-        assert (result.code, result.err.splitlines()[-1].startswith("tools.export: ")) == (code, True)
-        assert told in result.err and "Traceback" not in result.err and not os.path.exists("x")
+        assert (result.code, result.err.startswith("tools.export: "), result.err.count("\n")) == (code, True, 1)
+        assert told in result.err and not os.path.exists("x")
+    assert sorted(p.name for p in Path().iterdir()) == ["mine"]  # nothing half written is left
 
 
 def test_push_to_hub_uploads_the_folder(run_dir, monkeypatch):
@@ -129,7 +187,7 @@ def test_push_to_hub_uploads_the_folder(run_dir, monkeypatch):
     (create, repo, how), (upload, files, what) = calls
     assert (create, repo, how["private"], upload, what["repo_id"]) == ("create_repo", "me/bard", True, "upload_folder", "me/bard")
     assert {"model.safetensors", "config.json", "generation_config.json", "tokenizer.json", "README.md"} <= set(files)
-    assert 'from_pretrained("me/bard")' in Path("exported/README.md").read_text(encoding="utf-8")
+    assert 'pretrained=me/bard' in Path("exported/README.md").read_text(encoding="utf-8")
     monkeypatch.setattr(StandIn, "create_repo", lambda *args, **kwargs: 1 / 0)
     failed = run_main(export.main, run_dir, "exported", "--overwrite", "--push_to_hub", "me/bard")
     assert failed.code == 1 and "upload failed: division by zero" in failed.err
@@ -188,11 +246,36 @@ def test_plot_draws_png_and_svg_of_several_runs(run_dir, run_train):
         assert image.size == (1600, 992) and len(image.convert("RGB").getcolors(2**20)) > 100
 
 
+@needs("matplotlib")
+@pytest.mark.parametrize("x", list(plot.AXES))
+def test_a_plot_says_what_it_shows_from_the_first_step_on(run_dir, monkeypatch, x):
+    """One point is a marker, steps are whole, the legend names both losses, time says what it counts."""
+    from matplotlib.figure import Figure
+    figures, saved = [], Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda self, *args, **how: (figures.append(self), saved(self, *args, **how)))
+    rows = plot.read_metrics(run_dir)
+    for runs in ({"a": rows[:1]}, {"a": rows[:3]}, {"a": rows, "b": rows[:5]}):
+        plot.draw(runs, "x.png", x)
+        loss, *others = figures[-1].axes
+        for axis in others if len(runs) == 1 else []:
+            line = axis.lines[0]
+            assert (line.get_marker() == "o") == (len(line.get_xdata()) == 1)
+        labels = [text.get_text() for text in loss.get_legend().get_texts()]
+        held_out = {label for label, rows in runs.items() if any(r.get("val_loss") for r in rows)}
+        assert sum("training" in text for text in labels) == len(runs)
+        assert sum("held-out" in text for text in labels) == len(held_out)
+        if x == "step":
+            assert all(float(at).is_integer() for at in loss.get_xticks())
+    assert {"step": "steps", "tokens": "trained on", "time": "seconds in training steps"}[x] in loss.get_xlabel()
+
+
 @pytest.mark.parametrize("argv, code, told", [
-    (("nowhere",), 1, "nowhere"), ((), 2, "RUN"), (("x", "--output", "plot.jpg"), 2, "plot.jpg"), (("bad",), 1, "line 1")])
+    (("nowhere",), 1, "nowhere"), ((), 2, "RUN"), (("x", "--output", "plot.jpg"), 2, "plot.jpg"), (("bad",), 1, "line 1"),
+    (("list",), 1, "line 1: is not from train.py"), (("binary",), 1, "not from train.py"), (("empty",), 1, "nothing yet")])
 def test_plot_names_what_is_wrong(argv, code, told):
-    os.mkdir("bad")
-    Path("bad/metrics.jsonl").write_text("{}\n{}\n")
+    for name, content in [("bad", b"{}\n{}\n"), ("list", b"[1]\n"), ("binary", b"\xff\n"), ("empty", b"")]:
+        os.mkdir(name)
+        Path(name, "metrics.jsonl").write_bytes(content)
     result = run_main(plot.main, *argv)
     assert result.code == code and told in result.err and len(result.err.splitlines()) == 1
 
@@ -213,19 +296,17 @@ def test_tensorboard_shows_each_point_once_after_kill_and_resume(start_train, re
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
     process = start_train("--max_steps=40", "--out_dir=out", "--eval_interval=5", "--sample_interval=5",
                           "--checkpoint_interval=10")
-    wait_until(lambda: os.path.exists("out/metrics.jsonl") and len(metrics("out")) >= 17, process)
+    process.until(lambda: os.path.exists("out/metrics.jsonl") and len(metrics("out")) >= 17)
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert resume().code == 0
-    events = EventAccumulator("out/tensorboard", size_guidance={"scalars": 0, "tensors": 0})
+    events = EventAccumulator("out/tensorboard/out", size_guidance={"scalars": 0, "tensors": 0})
     events.Reload()
     rows = metrics("out")
-    assert set(events.Tags()["scalars"]) == rows[-1].keys() - {"step"} | {"memory_gb"}
-    memory = events.Scalars("memory_gb")  # of the process, not of the run: it is not in metrics.jsonl
-    assert [e.step for e in memory] == [row["step"] for row in rows] and all(0.05 < e.value < 50 for e in memory)
-    for key in rows[-1].keys() - {"step"}:
+    assert set(events.Tags()["scalars"]) == set(train.Log.TAGS.values())
+    for key, tag in train.Log.TAGS.items():
         points = {row["step"]: row[key] for row in rows if row.get(key) is not None}
-        shown = [(e.step, e.value) for e in events.Scalars(key)]
+        shown = [(e.step, e.value) for e in events.Scalars(tag)]
         assert [step for step, _ in shown] == list(points), key
         assert all(value == pytest.approx(points[step], rel=1e-6) for step, value in shown), key
     assert [e.step for e in events.Tensors("sample/text_summary")] == [5, 10, 15, 20, 25, 30, 35, 40]
@@ -237,7 +318,47 @@ def test_training_needs_no_tensorboard(run_train, monkeypatch):
     assert run_train("--max_steps=2", "--sample_interval=1").code == 0 and not os.path.exists("out/tensorboard")
 
 
-# ---- the demo ----
+# ---- the benchmark ----
+
+
+@pytest.mark.parametrize("argv, told", [(("nonsense",), "nonsense"), (("train", "--shapes=4"), "BxT"),
+                                        (("--runs=0",), "--runs"), (("--what",), "--what")])
+def test_bench_answers_nonsense_in_one_line(argv, told):
+    result = run_main(bench.main, *argv)
+    assert result.code == 2 and told in result.err and not result.out
+    assert result.err.startswith("tools.bench: ") and result.err.count("\n") == 1
+
+
+def test_bench_shows_why_a_contestant_failed(tmp_path):
+    result = run_main(bench.main, "prepare", f"--data_dir={tmp_path}")
+    assert result.code == 1 and "all cores failed: ValueError: " in result.err.splitlines()[-1]
+
+
+class Machine:
+    """Stands in for a contestant: takes its turns at once, and answers what it is told to."""
+
+    def __init__(self, name, label, *options):
+        self.label, self.log, self.first, self.answers = label, options[0], 1.0, []
+        self.turn()
+
+    def turn(self):
+        self.log.append(self.label)
+        self.answers.append({"seconds": len(self.answers), "memory": 10, "room": 12 if "big" in self.label else 99})
+
+    def close(self):
+        self.log.append(f"{self.label} ends")
+
+
+@pytest.mark.parametrize("label, order", [("", "a b a b a b a ends b ends"), ("big", "abig abig abig abig ends")])
+def test_contestants_take_turns_unless_the_gpu_is_too_small(label, order, monkeypatch):
+    monkeypatch.setattr(bench, "Contestant", Machine)
+    log = []
+    contestants = bench.take_turns([("x", f"a{label}", log), ("x", f"b{label}", log)], 1, 1, "test")
+    assert " ".join(log).startswith(order) and len(log) == 8
+    assert [c.answers for c in contestants] == [c.answers for c in contestants[:1]] * 2
+
+
+# ---- the page ----
 
 
 def test_demo_says_what_to_do_without_a_checkpoint():
@@ -246,29 +367,43 @@ def test_demo_says_what_to_do_without_a_checkpoint():
     assert result.code == 1 and "train.py config/smollm2.py" in result.err
 
 
+VALUES = {"Seed": 7, "Length": 20, "Temperature": 0.9, "Top-k": 30, "Top-p": 0.95, "Repetition penalty": 1.1}
+
+
 @needs("gradio")
 def test_demo_finds_runs_and_exports_and_writes_what_sample_writes(run_dir):
     shutil.copytree(run_dir, "out-a")
+    shutil.copytree(run_dir, "out-new")
+    os.utime("out-new/step_000012.pt", (2e9, 2e9))
     assert run_main(export.main, run_dir, "exported").code == 0
-    files = [str(path) for path in train.checkpoints("out-a")]
-    assert len(files) > 1 and demo.found([]) == [*files[::-1], "exported"] and demo.found(["x"]) == ["x"]
-    values = {"seed": 7, "Length": 20, "Temperature": 0.9, "Top-k": 30, "Top-p": 0.95, "Repetition penalty": 1.1}
-    text, line = list(demo.write([], "exported", "To be", *values.values()))[-1]
-    args = ["--seed=7", "--max_new_tokens=20", "--temperature=0.9", "--top_k=30", "--top_p=0.95", "--repetition_penalty=1.1"]
-    assert text + "\n" == run_main(sample.main, "--checkpoint=exported", "--prompt=To be", *args).out
-    assert "20 tokens" in line and "done" in line
+    files = [f"out-{run}/{path.name}" for run in ("new", "a") for path in train.checkpoints(run_dir)[::-1]]
+    choices = demo.found([])
+    assert list(choices) == [*files, "exported"] and demo.found(["x"]) == {"x": "x"}
+    losses = {row["step"]: row["val_loss"] for row in metrics(run_dir) if row.get("val_loss")}
+    best = " (best)" if losses[12] == min(losses.values()) else ""
+    assert choices["out-a/step_000012.pt"] == f"out-a, step 12: held-out loss {losses[12]:.3f}{best}"
+    *_, (left, right, line, line_right, plain, stop) = demo.show([], "me", "exported", files[1], "To be", "", *VALUES.values())
+    args = ["--seed=7", "--max_new_tokens=20", "--temperature=0.9", "--top_k=30", "--top_p=0.95",
+            "--repetition_penalty=1.1", "--prompt=To be"]
+    assert plain + "\n" == run_main(sample.main, "--checkpoint=exported", *args).out
+    assert re.fullmatch(r"20 tokens, [\d,]+ per second: done", line) and "done" in line_right and not stop.visible
+    assert '<span class="prompt">To be</span>' in left and right != left
+    *_, stopped = demo.show([], "me", "exported", "", "To be", plain[-3:], *VALUES.values())
+    assert plain.startswith(stopped[4]) and plain[-3:] not in stopped[4]  # a stop text
 
 
 @needs("gradio")
 @pytest.mark.parametrize("name, prompt, change, told", [
-    ("exported", "", {"seed": None}, "Seed"), ("exported", "", {"seed": -1}, "Seed"), ("/etc", "", {}, "no /etc"),
+    ("exported", "", {"Seed": None}, "Seed"), ("exported", "", {"Seed": -1}, "Seed"), ("/etc", "", {}, "no /etc"),
     ("exported", "", {"Temperature": 99}, "Temperature: must be from 0 to 2"), ("exported", "to " * 9000, {}, "do not fit")])
-def test_demo_has_a_message_for_a_bad_value(run_dir, name, prompt, change, told):
+def test_demo_has_a_message_for_a_bad_value_and_clears_the_old_text(run_dir, name, prompt, change, told):
     import gradio
     assert run_main(export.main, run_dir, "exported").code == 0
-    values = {"seed": 7, "Length": 20, "Temperature": 1, "Top-k": 0, "Top-p": 1, "Repetition penalty": 1, **change}
+    shown = []
     with pytest.raises(gradio.Error, match=told):
-        list(demo.write([], name, prompt, *values.values()))
+        for page in demo.show([], "me", name, "", prompt, "", *{**VALUES, **change}.values()):
+            shown.append(page)
+    assert shown[-1][:5] == ("", "", "", "", "") and not shown[-1][5].visible
 
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
@@ -277,22 +412,27 @@ CHROMIUM_FLAGS = """--no-sandbox --disable-gpu --disable-quic --no-first-run --d
 
 
 @pytest.fixture
-def demo_url(run_dir):
+def demo_url(run_dir, tmp_path):
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    process = subprocess.Popen([sys.executable, "-m", "tools.demo", "--port", str(port), "--checkpoint", str(run_dir)],
-                               env={**os.environ, "PYTHONPATH": str(ROOT)}, stdout=subprocess.DEVNULL)
-    end = time.monotonic() + 120
-    while time.monotonic() < end and process.poll() is None:
-        try:
-            urllib.request.urlopen(f"http://127.0.0.1:{port}", timeout=5).close()
-            break
-        except OSError:
-            time.sleep(0.2)
-    yield f"http://127.0.0.1:{port}"
-    process.terminate()
-    process.wait()
+    with Process(["-m", "tools.demo", "--port", port, "--checkpoint", run_dir], tmp_path / "page",
+                 PYTHONPATH=str(ROOT)) as process:
+        process.until(lambda: "open http" in process.text)
+        yield f"http://127.0.0.1:{port}"
+
+
+@pytest.mark.slow
+@needs("gradio")
+def test_programs_call_generate(demo_url, run_dir):
+    from gradio_client import Client
+    client = Client(demo_url, verbose=False)
+    file = str(train.checkpoints(run_dir)[-1])
+    text = client.predict(checkpoint=file, prompt="To be", length=20, temperature=0, api_name="/generate")
+    args = ["--prompt=To be", "--max_new_tokens=20", "--temperature=0"]
+    assert f"To be{text}\n" == run_main(sample.main, "--checkpoint", file, *args).out
+    with pytest.raises(Exception, match="There is no x"):
+        client.predict(checkpoint="x", prompt="", api_name="/generate")
 
 
 @pytest.mark.slow
@@ -303,47 +443,72 @@ def test_demo_in_a_browser(demo_url):
     from playwright.sync_api import sync_playwright
     with sync_playwright() as p:
         browser = p.chromium.launch(executable_path=CHROMIUM, args=CHROMIUM_FLAGS)
-        pages = [browser.new_page() for _ in range(2)]
-        asked = []
+        pages, asked = [browser.new_page(viewport={"width": 1440, "height": 900}) for _ in range(2)], []
         for page in pages:
             page.set_default_timeout(60_000)
             page.on("request", lambda request: asked.append(request.url))
             page.goto(demo_url)
             page.fill("#prompt textarea", "To be, or not")
-        text, speed = (lambda page=pages[0], at=at, get=get: getattr(page, get)(at) for at, get in
-                       [("#text textarea", "input_value"), ("#speed", "inner_text")])
-        done = "document.querySelector('#speed').innerText.includes('done')"
 
-        pages[0].click("#go")  # type, generate, see text stream
-        seen, end = set(), time.monotonic() + 60
-        while "done" not in speed() and time.monotonic() < end:
+        def line(page=pages[0], side="left"):
+            return page.inner_text(f"#{side}-speed")
+
+        def text(page=pages[0]):
+            return page.inner_text("#left-text")
+
+        def wait(words, page=pages[0], side="left"):
+            page.wait_for_function(f"document.querySelector('#{side}-speed')?.innerText.includes('{words}')")
+
+        def number(name, value, page=pages[0]):
+            page.fill(f"#{name} input{'[type=number]' if name == 'length' else ''}", str(value))
+            page.keyboard.press("Tab")
+
+        first = pages[0]  # type, generate, see text stream; Stop is there only meanwhile
+        assert not first.is_visible("#stop")
+        first.focus("#prompt textarea")
+        first.keyboard.press("Control+Enter")
+        wait("tokens")
+        seen = set()
+        while "done" not in line():
             seen.add(text())
-        assert len(seen - {""}) > 3 and all(t.startswith("To be, or not") for t in seen - {""})
-        pages[0].wait_for_timeout(500)
+        assert len(seen) > 3 and all(t.startswith("To be, or not") for t in seen)
+        first.wait_for_selector("#stop", state="hidden")
+        box, top = first.locator("#left-speed").bounding_box(), first.locator("#left-text").bounding_box()["y"]
+        assert box["y"] + box["height"] <= min(top + 1, 900)  # above the text, and in sight
         whole = text()
 
         for page in pages:  # two at once, the same seed: the same text
-            page.fill("#length input[type=number]", "150")
-            page.keyboard.press("Tab")
+            number("length", 150, page)
             page.click("#go")
         for page in pages:
-            page.wait_for_function("document.querySelector('#speed').innerText.startsWith('150 tokens') && " + done)
-            page.wait_for_timeout(500)
+            wait("150 tokens", page)
+            wait("done", page)
             assert whole.startswith(text(page)) and len(text(page)) > 50
 
-        pages[0].fill("#length input[type=number]", "2000")  # stop
-        pages[0].keyboard.press("Tab")
-        pages[0].click("#go")
-        pages[0].wait_for_function("document.querySelector('#speed').innerText.match(/^\\d+ tokens, [\\d,]+ per second$/)")
-        pages[0].click("#stop")
-        pages[0].wait_for_timeout(1500)
+        first.click("#beside input")  # two checkpoints side by side, another seed, stop
+        first.keyboard.press("ArrowDown")
+        first.keyboard.press("ArrowDown")
+        first.keyboard.press("Enter")
+        number("length", 2000)
+        first.click("#again")
+        wait("tokens", side="right")
+        first.click("#stop")
+        wait("stopped at")
+        wait("stopped at", side="right")
+        assert first.input_value("#seed input") != "1337"
         stopped = text()
-        pages[0].wait_for_timeout(1000)
-        assert text() == stopped and "done" not in speed()
+        first.wait_for_timeout(500)
+        assert text() == stopped and not first.is_visible("#stop")
 
-        pages[0].fill("#seed input", "-4")  # a bad value
-        pages[0].keyboard.press("Tab")
-        pages[0].click("#go")
-        pages[0].wait_for_selector("text=Seed: must be from 0")
+        number("length", 5)  # continue
+        first.click("#on")
+        wait("5 tokens")
+        wait("done")
+        assert text().startswith(stopped.rstrip()) and len(text()) > len(stopped)
+
+        number("seed", -4)  # a bad value
+        first.click("#go")
+        first.wait_for_selector("text=Seed: must be from 0")
+        first.wait_for_function("!document.querySelector('#left-speed').innerText.includes('tokens')")
         assert all(url.startswith((demo_url, "data:", "blob:")) for url in asked), asked  # nothing from elsewhere
         browser.close()

@@ -14,6 +14,7 @@ import json
 import os
 import pickle
 import random
+import re
 import resource
 import shutil
 import signal
@@ -30,13 +31,14 @@ from unittest import mock
 import torch
 
 from tests.harness import (ROOT, RUN, Process, Result, descendants, expect, expect_end, flaw, flip, intact, is_saving,
-                           last_step, lost_bits, make_data, resume_here, run_main, seal, snapshot, status,
-                           train_here, training)
+                           last_step, lost_bits, make_data, resume_here, run_main, run_script, seal, snapshot,
+                           status, train_here, training)
 
 import model  # harness has put the repository on the path
 import prepare
 import sample
 import train
+from tools import export
 
 # lost: bits, or faults that ended in damage, a hang, a traceback, a step too many; "raises": the check ends the part.
 Row = namedtuple("Row", "fault injected resumed lost note", defaults=[""])
@@ -55,6 +57,14 @@ def prepared(folder, *argv):
     return data, out
 
 
+def end_of(script, *argv, stdin=b""):
+    """How a script ends, run in this process; with a traceback, too."""
+    try:
+        return run_main(script.main, *argv, stdin=stdin, threads=1)
+    except Exception:
+        return Result("crash", "", traceback.format_exc())
+
+
 def lost_after_resume(wanted, out):
     expect_end(resume_here(out, f"--max_steps={train.step_of(train.checkpoints(wanted)[-1])}"))
     return lost_bits(wanted, out) + is_saving(out)
@@ -67,15 +77,10 @@ def saved(out):
 # ---- kills and signals ----
 
 
-def is_compiling(pid):
-    with contextlib.suppress(OSError):
-        return Path(f"/proc/{pid}/comm").read_text().strip() in ("cc1plus", "clang", "clang++")
-
-
 INSTANTS = {  # of a process p that writes to out, after the step `at`; and how many seconds it lasts
     "the start": (lambda p, out, at: True, 3),
     "the first step": (lambda p, out, at: "writes " in p.text, 0),
-    "compiling": (lambda p, out, at: "compiling" in p.text and any(map(is_compiling, descendants(p.pid))), 0),
+    "compiling": (lambda p, out, at: any(re.match("Name:\t(cc1plus|clang)", status(pid)) for pid in descendants(p.pid)), 0),
     "an evaluation": (lambda p, out, at: last_step(out) > at and last_step(out) % 10 == 9, 0.04),
     "a save": (lambda p, out, at: last_step(out) > at and is_saving(out), 0.004),
     "a step": (lambda p, out, at: last_step(out) > at, 0.03)}
@@ -305,7 +310,7 @@ def damaged_checkpoints(folder, n, seed=0):
 
     for damaged in (*(good[:length] for length in lengths), *map(bend, places), *others):
         newest.write_bytes(damaged)
-        with contextlib.redirect_stdout(io.StringIO()) as said:
+        with contextlib.redirect_stderr(io.StringIO()) as said:
             path, state = train.load_checkpoint(out)
         if path != before or state["step"] != 5 or said.getvalue().count(f"{newest} is damaged") != 1:
             print(len(damaged), path, said.getvalue())
@@ -402,18 +407,20 @@ def poison(hf, kind, marker):
     """A copy of the model folder hf with pickled weights, or with code that its files ask to be run."""
     target, evil = hf.with_name(kind), "modeling_evil.Evil"
     shutil.copytree(hf, target)
-    if "pickle" in kind:
-        torch.save({"model.embed_tokens.weight": Evil(marker)}, target / "pytorch_model.bin")
-    if kind == "pickle only":
-        (target / "model.safetensors").unlink()
-    edits = {"config.json": {"auto_map": {"AutoModelForCausalLM": evil, "AutoConfig": evil},
-                             **({"model_type": "evil"} if kind == "code type" else {})},
-             "tokenizer_config.json": {"auto_map": {"AutoTokenizer": [evil, evil]},
-                                       **({"tokenizer_class": "Evil"} if kind == "code class" else {})}}
+    edits = {"config.json": {"auto_map": {"AutoModelForCausalLM": evil, "AutoConfig": evil}},
+             "tokenizer_config.json": {"auto_map": {"AutoTokenizer": [evil, evil]}}}
+    if kind == "code type":
+        edits["config.json"]["model_type"] = "evil"
+    if kind == "code class":
+        edits["tokenizer_config.json"]["tokenizer_class"] = "Evil"
     for name, edit in edits.items() if "code" in kind else ():
         (target / name).write_text(json.dumps({**json.loads((target / name).read_text()), **edit}))
     for name in ("modeling_evil.py", "tokenization_evil.py"):
         (target / name).write_text(f"open({str(marker)!r}, 'w')\nclass Evil:\n    pass\n")
+    if "pickle" in kind:
+        torch.save({"model.embed_tokens.weight": Evil(marker)}, target / "pytorch_model.bin")
+    if kind == "pickle only":
+        (target / "model.safetensors").unlink()
     return target
 
 
@@ -431,11 +438,9 @@ def strangers(folder, real=False):
         nonlocal tried, lost
         began, tried = time.monotonic(), tried + 1
         if real:  # with a terminal's worth of consent on standard input
-            done = subprocess.run([sys.executable, script.__file__, *argv], input="y\n" * 9, capture_output=True,
-                                  text=True, timeout=60, cwd=folder)
-            done = Result(done.returncode, done.stdout, done.stderr)
+            done = run_script(f"{script.__name__}.py", *argv, stdin=b"y\n" * 9)
         else:
-            done = run_main(script.main, *argv, stdin=b"y\ny\ny\n", threads=1)
+            done = end_of(script, *argv, stdin=b"y\n" * 9)
         problem = flaw(done, codes)
         if marker.exists() or problem or time.monotonic() - began > 14 + 30 * real:  # it may have waited for an answer
             print("CODE WAS RUN" if marker.exists() else problem or "slow", argv, done)
@@ -453,14 +458,15 @@ def strangers(folder, real=False):
     evil = Evil(marker)
     for i, bad in enumerate(({**state, "best": evil}, {**state, "rng": [evil]}, {**state, "model": evil}, evil)):
         attack(train, f"--resume={attack_with(f'evil{i}', bad).parent}", real=real and not i)
-    path.write_bytes(pickle.dumps(evil)) if (path := folder / "evil3" / "step_000005.pt") else None
+    path = folder / "evil3" / "step_000005.pt"
+    path.write_bytes(pickle.dumps(evil))
     attack(train, f"--resume={path}")  # no file of torch.save at all
     attack(sample, "--checkpoint", path)
 
     # A model folder: weights as a pickle are not read; a config that names code is refused or ignored.
     hf = folder / "hf"
     sizes = {name: state["config"][name] for name in train.SIZES}
-    model.save_pretrained(model.SmolLM2(model.SmolLM2Config(**sizes)), hf)
+    export.save_pretrained(model.SmolLM2(model.SmolLM2Config(**sizes)), hf, torch.float32)
     shutil.copytree(data / "tokenizer", hf, dirs_exist_ok=True)
     attack(sample, "--checkpoint", hf, "--max_new_tokens", "2", codes=[0])
     new = [*RUN, f"--data_dir={data}", f"--out_dir={folder / 'new'}", "--overwrite", "--max_steps=1"]
@@ -552,12 +558,11 @@ def memory(folder, steps=2000):
 
 # ---- fuzzing: good command lines, recipes and texts, with something in them that does not belong there ----
 
-WORDS = ["0", "-1", "-0.0", "1", "2", "3", "7", "65536", "0.5", "nan", "inf", "-inf", "1e999", "1e308", "1e-320", "1e30",
-         "5e-324", "0.99999", "", " ", "0x10", "1_000", "1__0", "٣", "½", "9" * 30, "-" + "9" * 30, "9" * 5000, "2**3",
-         "4.", "true", "None", "[]", "{}", "'4'", "four", "4 4", "4,5", "--4", "\N{SNOWMAN}", "\t4", "4\n", "1e", "+3",
-         str(2**31), str(2**47), str(2**48), str(2**63), str(2**128), "\ud83d", "\udcff", "a\0b", "nowhere/x", "/proc/x",
-         "/dev/null", ".", "é", "cpu", "cpu:1", "cuda", "mps", "meta", "xpu", "cuda:99", "float16", "bfloat16", "adamw",
-         "muon", "cosine", "wsd", "auto", "--help", "--resume", "--overwrite"]
+WORDS = ["", " ", "4 4", "\t4", "4\n", "9" * 30, "-" + "9" * 30, "9" * 5000, "\N{SNOWMAN}", "\ud83d", "\udcff", "a\0b",
+         *map(str, (2**31, 2**47, 2**48, 2**63, 2**128)), *"""0 -1 -0.0 1 2 3 7 65536 0.5 nan inf -inf 1e999 1e308 1e-320
+         1e30 5e-324 0.99999 0x10 1_000 1__0 ٣ ½ 2**3 4. true None [] {} '4' four 4,5 --4 1e +3 nowhere/x /proc/x /dev/null
+         . é cpu cpu:1 cuda mps meta xpu cuda:99 float16 bfloat16 adamw muon cosine wsd auto --help --resume
+         --overwrite""".split()]
 BYTES = [b"", b"\n", b" " * 5000, b"\0" * 700, b"\xff\xfe", b"\xef\xbb\xbf", b"\xc3(", b"\xed\xa0\x80", b"x" * 9000,
          "é\N{SNOWMAN}\U0001f600 ".encode() * 90, b"<|endoftext|>" * 40, b"\r\n\r\r\n" * 90, b"[" * 3000, b"\x1f\x8b",
          b'{"text": "one"}\n{"text": 3}\n' * 20, b"%PDF", b"PK\3\4", b"First Citizen:\nBefore we proceed.\n" * 30]
@@ -567,33 +572,33 @@ LINES = ["import os", "x" * 50 + " = 1", "seed = 2; seed = 4", "seed += 1", "a =
          "min_lr = 3+4j", "seed = __import__('os').getpid()", "if True:\n  seed = 3", "seed = " + "9" * 5000,
          "out_dir = 'a\\0b'", "out_dir = '\\ud800'", "batch_sise = 4", "device = b'cpu'", "seed = -1", "*seed = 3",
          "[seed] = 3", "seed.x = 3", "lambda: 3", "compile = 2", "dtype = 'bfloat16'", "seed = True", "resume = 'auto'"]
-KEYS = [f"--{name}={f.default}" for name, f in train.KEYS.items()]
-SMALL = [word for word in KEYS if word[2:].partition("=")[0] not in ("max_steps", "batch_size", "block_size", *train.SIZES)]
+KEYS = {name: f"--{name}={f.default}" for name, f in train.KEYS.items()}
+SMALL = [KEYS[name] for name in KEYS if name not in ("max_steps", "batch_size", "block_size", *train.SIZES)]
 SAMPLE = ("--temperature=0.8 --top_k=9 --top_p=0.9 --repetition_penalty=1.1 --seed=3 --stop=x --device=cpu "
           "--dtype=float32 --num_samples=2").split()
 PREPARE = "--val_fraction=0.2 --allow_unrepresentable --input=book.txt --tokenizer=bytes --split=train".split()
-FUZZED = ["recipes"] * 8 + ["sample flags"] * 3 + ["prepare flags"] * 3 + ["runs"] * 3 + ["prompts"] * 2 + ["texts"]
-Case = namedtuple("Case", "script argv stdin files", defaults=[b"", {}])
-
-
-def junk(rng):
-    """A word that a key may have, and more often may not."""
-    letters = "abz019 .,-_=+*/\\'\"#()[]{}\n\t%$é\0\N{SNOWMAN}\U0001f600\udcff"
-    return rng.choice(WORDS) if rng.random() < 0.8 else "".join(rng.choices(letters, k=rng.randrange(12)))
+HERE = ["recipes"] * 8 + ["sample flags"] * 3 + ["prepare flags"] * 3 + ["runs"] * 3 + ["prompts"] * 2 + ["texts"]
+REAL = ["runs", "recipes", "prompts", "sample flags", "texts", "prepare flags", "model", "runs", "prompts", "fixed"]
+FIXED = [("train.py", [*RUN, "--data_dir=data", "--out_dir=huge", "--hidden_size=65536"]),
+         ("train.py", [*RUN, "--data_dir=data", "--max_steps=1", "--out_dir=\udcff"]),
+         ("sample.py", ["--max_new_tokens", "2", "--prompt", "\udcff"]), ("prepare.py", ["--input", "\udcff.txt"])]
+Case = namedtuple("Case", "kind script argv stdin files", defaults=[b"", {}])
 
 
 def bent(rng, words):
-    """Some words of a command line, with other values, misspelt, twice, cut in two or in the place of each other."""
+    """Some words of a command line: with other values, misspelt, twice, cut in two, in the place of each other."""
     words = rng.sample(words, rng.randrange(min(5, len(words))))
     for i in range(len(words)):
         name, _, value = words[i].partition("=")
-        others = [[words[i]] * 2, [junk(rng)], [name], [name, junk(rng)], [f"{name[:-1]}={value}"], [words[i]]]
-        words[i:i + 1] = rng.choice(others + [[f"{name}={junk(rng)}"]] * 9)
+        letters = rng.choices("abz019 .,-_=+*/\\'\"#()[]{}\n\t%$é\0\N{SNOWMAN}\U0001f600\udcff", k=rng.randrange(12))
+        other = rng.choice([*WORDS, *["".join(letters)] * 20])
+        words[i:i + 1] = rng.choice([[words[i]] * 2, [other], [name], [name, other], [f"{name[:-1]}={value}"],
+                                     *[[words[i]]] * 9, *[[f"{name}={other}"]] * 9])
     return words
 
 
 def bent_bytes(rng, raw):
-    """A file with some bytes or lines inserted, replaced, cut off."""
+    """A text with something inserted, replaced, repeated or cut off."""
     for _ in range(rng.choice([0, 1, 1, 2, 5])):
         i = rng.randrange(len(raw) + 1)
         new = rng.choice([rng.choice(BYTES), rng.randbytes(rng.randrange(60)), raw[i:i + 40] * 3])
@@ -606,134 +611,94 @@ def a_case(rng, kind, place, number):
     made, path = place / f"made{number}", place / f"file{number}{rng.choice(['.txt', '.md', '.jsonl', '', '.py'])}"
     text = bent_bytes(rng, b"Who's there? Nay, answer me: stand, and unfold yourself.\n" * 9)
     if kind == "recipes":
-        lines = rng.sample([word[2:].replace("=", " = ") for word in KEYS], 5) + rng.sample(LINES, rng.randrange(3))
-        recipe = "\n".join(rng.sample(lines, len(lines))).encode()
-        return Case("train.py", [path, *bent(rng, KEYS)], files={path: rng.choice([recipe, bent_bytes(rng, recipe)])})
+        lines = rng.sample([word[2:].replace("=", " = ") for word in KEYS.values()], 5)
+        lines = rng.sample(lines + LINES, rng.randrange(9))
+        recipe = bent_bytes(rng, "\n".join(lines).encode()) if rng.random() < 0.5 else "\n".join(lines).encode()
+        return Case(kind, "train.py", [path, *bent(rng, [*KEYS.values()])], files={path: recipe})
     if kind == "runs" and rng.random() < 0.8:
-        return Case("train.py", [*RUN, f"--out_dir={made}", *bent(rng, SMALL), f"--data_dir={place}/data", "--max_steps=2",
-                                 "--eval_tokens=64", "--compile=false"])
+        return Case(kind, "train.py", [*RUN, f"--out_dir={made}", *bent(rng, SMALL), f"--data_dir={place}/data",
+                                       "--max_steps=2", "--eval_tokens=64", "--compile=false"])
     if kind == "runs":
         path = made / rng.choice(["step_000001.pt", "step_x.pt", "x", "step_000002.tmp"])
-        return Case("train.py", [f"--resume={rng.choice([path, made])}", "--max_steps=2"], files={path: text})
+        return Case(kind, "train.py", [f"--resume={rng.choice([path, made])}", "--max_steps=2"], files={path: text})
     if kind == "prompts":
         argv = ["--checkpoint", rng.choice([place / "out"] * 8 + [place / "nothing", place / "data", place / "bytes"]),
                 *bent(rng, SAMPLE), "--max_new_tokens", rng.choice(["1", "3", "250", "300"]), "--prompt"]
         is_piped = rng.random() < 0.5
-        return Case("sample.py", [*argv, "-" if is_piped else os.fsdecode(text[:9000])], text if is_piped else b"")
+        return Case(kind, "sample.py", [*argv, "-" if is_piped else os.fsdecode(text)], text if is_piped else b"")
     if kind == "texts":
         tokenizer = rng.choice([place / "bytes"] * 8 + [place / "data", path])
-        return Case("prepare.py", ["--input", path, "--tokenizer", tokenizer, *bent(rng, PREPARE[:2]), "--out_dir", made],
-                    files={path: text})
-    script, words = {"sample flags": ("sample.py", SAMPLE), "prepare flags": ("prepare.py", PREPARE),
-                     "model": ("model.py", KEYS)}[kind]
-    return Case(script, bent(rng, words))
+        argv = ["--input", path, "--tokenizer", tokenizer, *bent(rng, PREPARE[:2]), "--out_dir", made]
+        return Case(kind, "prepare.py", argv, files={path: text})
+    if kind == "fixed":
+        return Case(kind, *FIXED[number // len(REAL) % len(FIXED)])
+    words = {"sample": SAMPLE, "prepare": PREPARE, "model": [*KEYS.values()]}[script := kind.partition(" ")[0]]
+    return Case(kind, f"{script}.py", bent(rng, words))
 
 
-def fault_of(case, done, place, number):
-    """What is wrong with how a case has ended, or None."""
-    problem, made = flaw(done, (0, 1, 2), f"{case.script}: "), place / f"made{number}"
-    if not problem and done.code == 2 and len(done.err.splitlines()) > 1:
-        return "more than one line"
-    if not problem and case.script == "prepare.py" and made.exists():
-        prepare.open_data(made)  # raises where it is damaged
-    return problem
+def try_here(case, world_size):
+    """A case in this process; recipes and flags are read and checked, and nothing is run."""
+    script = {"train.py": train, "sample.py": sample, "prepare.py": prepare}[case.script]
+
+    def parsed(argv):
+        args = script.parse_args(argv)
+        if script == train:
+            train.check(train.TrainConfig(**args[0]), world_size)
+
+    signal.alarm(60)
+    with mock.patch.object(script, "main", script.main if case.kind in ("runs", "prompts", "texts") else parsed):
+        done = end_of(script, *case.argv, stdin=case.stdin)
+    signal.alarm(0)
+    return done
 
 
-def fuzz_place(folder):
-    make_data(folder / "data")
-    expect_end(train_here(folder / "data", folder / "out", "--max_steps=5"))
-    return folder
-
-
-def parsed(case, world_size):
-    """A main that reads and checks the command line and runs nothing."""
-    def main(argv):
-        if case.script != "train.py":
-            return {"sample.py": sample, "prepare.py": prepare}[case.script].parse_args(argv)
-        train.check(train.TrainConfig(**train.parse_args(argv)[0]), world_size)
-    return main
+def try_command(case, place):
+    """A case as a command, with at most a minute and 8 GB."""
+    pins = {"recipes": "--hidden_size=-1", "sample flags": "--checkpoint=not/here/x", "prepare flags": "--input=not there"}
+    words = [*map(str, case.argv), *([pins[case.kind]] if case.kind in pins else [])]  # or it would start the real thing
+    words = [word.replace("\0", "").replace("\ud83d", "").encode(errors="surrogateescape") for word in words]
+    limit = resource.RLIMIT_AS, (8 * 2**30, 8 * 2**30)
+    try:
+        done = subprocess.run([sys.executable, ROOT / case.script, *words], input=case.stdin, cwd=place, timeout=60,
+                              env={**os.environ, "HF_HUB_OFFLINE": "1"}, capture_output=True,
+                              preexec_fn=lambda: resource.setrlimit(*limit))
+    except subprocess.TimeoutExpired:
+        return Result("hang", "", "")
+    return Result(done.returncode, *(raw.decode(errors="replace") for raw in (done.stdout, done.stderr)))
 
 
 @no_hub
-def fuzz(folder, n, seed=0, kinds=FUZZED):
-    """n random inputs in this process: recipes and flags are parsed and checked; runs, prompts and texts are made."""
-    rng, place, ended, tried, lost = random.Random(seed), fuzz_place(folder), Counter(), Counter(), 0
-    before, mains = snapshot(place / "out"), {"runs": train.main, "prompts": sample.main, "texts": prepare.main}
+def fuzz(folder, n, seed=0, real=False):
+    """n random inputs, in this process or (real) as commands, two at a time: success, or one line that says why not."""
+    rng, (_, out) = random.Random(seed), prepared(folder, "--max_steps=5")
+    place, before, kinds = folder, snapshot(out.rename(folder / "out")), REAL if real else HERE
 
-    def hang(*_):
-        raise TimeoutError("a hang")
-
-    handler = signal.signal(signal.SIGALRM, hang)
-    with contextlib.chdir(place):
-        for number in range(n):
-            case = a_case(rng, kind := kinds[number % len(kinds)], place, number)
-            for path, raw in case.files.items():
-                path.parent.mkdir(exist_ok=True)
-                path.write_bytes(raw)
-            signal.alarm(60)
-            try:
-                done = run_main(mains.get(kind) or parsed(case, rng.choice([1, 1, 2, 3])), *case.argv, stdin=case.stdin,
-                                threads=1)
-                problem = fault_of(case, done, place, number)
-            except Exception:
-                problem, done = "traceback", Result("crash", "", traceback.format_exc())
-            signal.alarm(0)
-            tried[kind] += 1
-            ended[str(done.code)] += 1
-            if problem:
-                print(kind, problem, [str(word)[:200] for word in case.argv], case.files, done)
-                lost += 1
-            shutil.rmtree(place / f"made{number}", ignore_errors=True)
-            for path in case.files:
-                path.unlink(missing_ok=True)
-    signal.signal(signal.SIGALRM, handler)
-    expect(snapshot(place / "out") == before, "a file of another run was changed")
-    expect(not list(folder.rglob("code was run")), "A RECIPE RAN CODE")
-    return Row("fuzzing, in one process", n, 0, lost, f"{dict(tried)}; exit codes {dict(ended)}")
-
-
-def commands(folder, n, seed=0, together=2):
-    """n random inputs as real commands of all four scripts, two at a time, at most a minute and 8 GB each."""
-    rng, place = random.Random(seed), fuzz_place(folder)
-    before, tiny = snapshot(place / "out"), [*RUN, f"--data_dir={place / 'data'}", "--max_steps=1"]
-    kinds = ["runs", "recipes", "prompts", "sample flags", "texts", "prepare flags", "model"]
-    pins = {"recipes": "--hidden_size=-1", "sample flags": "--checkpoint=not/here/x", "prepare flags": "--input=not there"}
-    fixed = [Case("train.py", [*tiny, f"--out_dir={place / 'huge'}", "--hidden_size=65536"]),
-             Case("train.py", [*tiny, f"--out_dir={place}/\udcff"]),
-             Case("sample.py", ["--checkpoint", place / "out", "--max_new_tokens", "2", "--prompt", "\udcff"]),
-             Case("prepare.py", ["--input", place / "\udcff.txt"])]
-    cases = []
-    for number in range(n):
-        case = a_case(rng, kind := kinds[number % len(kinds)], place, number)
-        argv = [*case.argv, *([pins[kind]] if kind in pins else [])]  # what is right would start the real thing
-        cases.append(fixed.pop() if number % 10 == 9 and fixed else case._replace(argv=argv))
-
-    def run(number):
-        case = cases[number]
+    def attempt(number):
+        case, made = cases[number], place / f"made{number}"
         for path, raw in case.files.items():
             path.parent.mkdir(exist_ok=True)
             path.write_bytes(raw)
-        words = [str(word).replace("\0", "").encode("utf-8", "surrogateescape" if "\ud83d" not in str(word) else
-                                                    "surrogatepass") for word in case.argv]
-        limit = resource.RLIMIT_AS, (8 * 2**30, 8 * 2**30)
-        try:
-            done = subprocess.run([sys.executable, ROOT / case.script, *words], input=case.stdin, cwd=place, timeout=60,
-                                  env={**os.environ, "HF_HUB_OFFLINE": "1"}, capture_output=True,
-                                  preexec_fn=lambda: resource.setrlimit(*limit))
-        except subprocess.TimeoutExpired:
-            return Result("hang", "", "")
-        return Result(done.returncode, *(raw.decode(errors="replace") for raw in (done.stdout, done.stderr)))
+        done = try_command(case, place) if real else try_here(case, number % 3 + 1)
+        problem = flaw(done, (0, 1, 2), f"{case.script}: ")
+        if done.code == 2 and len(done.err.splitlines()) > 1:
+            problem = "more than one line"
+        if case.script == "prepare.py" and made.exists():
+            prepare.open_data(made)  # raises where it is damaged
+        shutil.rmtree(made, ignore_errors=True)
+        if problem:
+            print(problem, [str(word)[:200] for word in case.argv], case, done)
+        return case.kind, done.code, bool(problem)
 
-    with ThreadPoolExecutor(together) as pool:
-        results = list(pool.map(run, range(n)))
-    lost = 0
-    for number, (case, done) in enumerate(zip(cases, results)):
-        if problem := fault_of(case, done, place, number):
-            print(problem, case, done)
-            lost += 1
+    cases = [a_case(rng, kinds[number % len(kinds)], place, number) for number in range(n)]
+    handler = signal.signal(signal.SIGALRM, lambda *_: exec("raise TimeoutError('a hang')"))
+    with contextlib.chdir(place), ThreadPoolExecutor(2) as pool:
+        results = list((pool.map if real else map)(attempt, range(n)))
+    signal.signal(signal.SIGALRM, handler)
     expect(snapshot(place / "out") == before, "a file of another run was changed")
     expect(not list(folder.rglob("code was run")), "A RECIPE RAN CODE")
-    return Row("fuzzing, real commands", n, 0, lost, f"exit codes {dict(Counter(str(done.code) for done in results))}")
+    tried, ended, wrong = map(Counter, zip(*results))
+    what = "real commands" if real else "in one process"
+    return Row(f"fuzzing, {what}", n, 0, wrong[True], f"{dict(tried)}; exit codes {dict(ended)}")
 
 
 # ---- the campaign ----
@@ -755,7 +720,7 @@ PARTS = {
     "threads": lambda folder, a: other_threads(folder),
     "memory": lambda folder, a: memory(folder),
     "fuzz": lambda folder, a: fuzz(folder, a.fuzz, a.seed),
-    "commands": lambda folder, a: commands(folder, max(4, a.fuzz // 20), a.seed)}
+    "commands": lambda folder, a: fuzz(folder, max(4, a.fuzz // 20), a.seed, real=True)}
 
 
 def main():

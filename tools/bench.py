@@ -26,20 +26,19 @@ import subprocess
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
+import prepare
+
+fail = partial(prepare.fail, "tools.bench")
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def fail(message, code=1):
-    print("tools.bench:", *str(message).split(), file=sys.stderr)
-    raise SystemExit(code)
-
-
-# --------------------------------------------------- in the contestants: each returns one turn, step
+# ------------------------------------------------- in the contestants: each returns its turn, step
 
 
 def train_ours(args):
@@ -111,7 +110,7 @@ def machine_rates(args):
                             for shape in [(M, K), (N, K), (M, N)])
                 y, dx, dw = torch.empty_like(dy), torch.empty_like(x), torch.empty_like(w)
                 for a, b, out in [(x, w.t(), y), (dy, w, dx), (dy.t(), x, dw)]:
-                    seconds += count * seconds_of(lambda: torch.mm(a, b, out=out), device)
+                    seconds += count * seconds_of(partial(torch.mm, a, b, out=out), device)
                     flops += count * 2 * M * K * N
             rates[str(dtype)[6:]] = flops / seconds
         buffer = torch.ones(2**28, device=device)  # 1 GiB
@@ -211,7 +210,6 @@ def decode_llama_cpp(args):
 def encode_text(args):
     """Tokenizes 50 MB as prepare.py does, its check that nothing is lost aside."""
     os.environ["TOKENIZERS_PARALLELISM"] = str(not args.one_core).lower()
-    import prepare
     backend = prepare.load_tokenizer(Path(args.data_dir, "tokenizer")).backend_tokenizer
     text = backend.decode(np.fromfile(Path(args.data_dir, "train.bin"), dtype="<u2").tolist())
     pieces = [piece for _, piece in prepare.cut(text * (1 + 50_000_000 // len(text)))]
@@ -231,7 +229,8 @@ def contestant(args):
     step = globals()[args.contestant](args)
     for _ in sys.stdin:
         start = time.perf_counter()
-        answer = {"result": step(), "memory": 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss}
+        answer = {"result": step()}
+        answer["memory"] = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         if torch.cuda.is_available():
             torch.cuda.synchronize()
             answer["memory"] = torch.cuda.max_memory_reserved()
@@ -267,8 +266,8 @@ class Contestant:
         if not answer:
             self.process.wait()
             self.errors.seek(0)
-            lines = self.errors.read().split("\n")
-            fail(f"{self.label} failed: {[line for line in lines if line.strip()][-1:]}")
+            lines = self.errors.read().strip().splitlines()
+            raise RuntimeError(f"{self.label} failed: {(lines or ['without a word'])[-1]}")
         self.answers.append(json.loads(answer))
 
     def close(self):
@@ -282,28 +281,25 @@ class Contestant:
 
 def take_turns(starters, runs, warmup, what):
     """Starts the contestants, runs them in turns, and returns them, ended."""
-    bar = tqdm(total=len(starters) * (1 + warmup + runs), desc=what, leave=False)
     contestants, waiting = [], []
-
-    def finish(some):
-        for _ in range(warmup + runs):
-            for c in some:
-                c.turn()
-                bar.update()
-        for c in some:
-            c.close()
-            c.answers = c.answers[1 + warmup:]
-
-    for starter in starters:
-        contestants.append(Contestant(*starter))
-        bar.update()
-        waiting.append(contestants[-1])
-        answer = contestants[-1].answers[0]
-        if answer.get("room", np.inf) < 1.5 * answer["memory"]:  # no place for another on this GPU
-            finish(waiting)
+    turns = len(starters) * (1 + warmup + runs)
+    with tqdm(total=turns, desc=what, leave=False, disable=None) as bar:
+        for starter in starters:
+            contestants.append(Contestant(*starter))
+            waiting.append(contestants[-1])
+            bar.update()
+            answer = contestants[-1].answers[0]
+            is_full = answer.get("room", np.inf) < 1.5 * answer["memory"]  # a GPU without more room
+            if starter != starters[-1] and not is_full:
+                continue
+            for _ in range(warmup + runs):
+                for c in waiting:
+                    c.turn()
+                    bar.update()
+            for c in waiting:
+                c.close()
+                c.answers = c.answers[1 + warmup:]
             waiting = []
-    finish(waiting)
-    bar.close()
     return contestants
 
 
@@ -317,7 +313,7 @@ def processor():
     """The processor's name, with family and model, which tell what a name hides."""
     facts = {}
     try:
-        facts = dict(re.findall(r"^([\w ]+?)\s*: (.+)$", Path("/proc/cpuinfo").read_text(), re.M))
+        facts = dict(re.findall(r"^([\w ]+?)\s*: (.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE))
     except OSError:
         pass  # not Linux
     name = facts.get("model name", platform.processor() or platform.machine())
@@ -405,7 +401,7 @@ def main(argv=None):
     parser = argparse.ArgumentParser(prog="python -m tools.bench", description=__doc__,
                                      allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error = lambda message: fail(message, 2)
+    parser.error = partial(fail, code=2)
     add = parser.add_argument
     add("parts", nargs="*", help="train, decode, prepare [all three]")
     add("--shapes", nargs="+", default=["4x256", "8x1024", "4x2048"], metavar="BxT", type=shape,
@@ -414,8 +410,9 @@ def main(argv=None):
     add("--fast", dest="deterministic", action="store_false", help="train with deterministic=false")
     add("--dtype", choices=["bfloat16", "float16", "float32"], default="bfloat16",
         help="of the weights while decoding [bfloat16]")
-    add("--gguf", help="the same model for llama.cpp, measured where llama-cpp-python is installed")
-    add("--data_dir", default="data/shakespeare", help="prepared data, tokenized again")
+    add("--gguf", type=os.path.abspath, help="the model for llama.cpp, where llama-cpp-python is")
+    add("--data_dir", type=os.path.abspath, default=os.path.abspath(prepare.DEFAULT_OUT_DIR),
+        help="prepared data, whose text is tokenized again [data/shakespeare]")
     add("--output", help="write all measurements to this JSON file")
     for name in ("--contestant", "--shape"):
         add(name, help=argparse.SUPPRESS)
@@ -434,7 +431,10 @@ def main(argv=None):
     report = {"machine": processor()}
     print(report["machine"])
     for part in args.parts or PARTS:
-        PARTS[part](args, report)
+        try:
+            PARTS[part](args, report)
+        except RuntimeError as e:
+            fail(e)
         if args.output:
             Path(args.output).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
 

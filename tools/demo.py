@@ -1,4 +1,4 @@
-"""A page in the browser that writes text with a trained model, as it comes; two models side by side.
+"""A page in the browser that writes text with a trained model, or with two side by side.
 
     python -m tools.demo                                # the runs out*/ and exported folders here
     python -m tools.demo --checkpoint HuggingFaceTB/SmolLM2-135M --port 8000
@@ -14,10 +14,11 @@ import random
 import sys
 import threading
 import time
+from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a Space runs this file by its path
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a Space runs this file
 os.environ.update(GRADIO_ANALYTICS_ENABLED="False", HF_HUB_DISABLE_TELEMETRY="1")
 
 CSS = """main.fillable {max-width: 1240px !important; margin: auto; padding: 16px !important}
@@ -25,8 +26,8 @@ CSS = """main.fillable {max-width: 1240px !important; margin: auto; padding: 16p
   overflow-wrap: anywhere; border: 1px solid var(--border-color-primary); border-radius: 8px;
   padding: 12px 16px; background: var(--background-fill-primary)}
 .written .prompt {opacity: .55} .speed {min-height: 1.6em; opacity: .75}"""
-CTRL_ENTER = """() => document.addEventListener('keydown', event => {
-  if (event.key == 'Enter' && (event.ctrlKey || event.metaKey)) document.querySelector('#go').click()
+CTRL_ENTER = """() => document.addEventListener('keydown', e => {
+  if (e.key == 'Enter' && (e.ctrlKey || e.metaKey)) document.querySelector('#go').click()
 })"""
 BEGINNINGS = ["ROMEO:", "First Citizen:\n", "To be, or not to be", "Once upon a time"]
 SLIDERS = {"Length": (1, 2000, 200, 1, "New tokens, at most"),  # lowest, highest, default, step
@@ -36,7 +37,7 @@ SLIDERS = {"Length": (1, 2000, 200, 1, "New tokens, at most"),  # lowest, highes
            "Repetition penalty": (0.5, 2, 1, 0.01, "Above 1: what was there becomes less likely")}
 LIMITS = {"Seed": (0, 2**53), **SLIDERS}
 ONE_STEP = threading.Lock()  # two at once would take as long, and compile the same thing twice
-STOPPED = set()  # the sessions whose Stop was clicked
+RUNNING = {}  # session: what it shows now; Stop takes it out, a later click replaces it
 
 
 def fail(message, code=1):
@@ -49,31 +50,24 @@ def describe(file):
     from tools.plot import read_metrics
     from train import step_of
     step, losses = step_of(file), {}
-    try:
+    with suppress(ValueError):  # a checkpoint alone
         losses = {r["step"]: r["val_loss"] for r in read_metrics(file.parent) if r.get("val_loss")}
-    except ValueError:
-        pass  # a checkpoint alone
-    text = f"{file.parent.name}, step {step:,}"
-    if step in losses:
-        text += f": held-out loss {losses[step]:.3f}"
-        if losses[step] == min(losses.values()):
-            text += " (best)"
-    return text
+    loss = f": held-out loss {losses[step]:.3f}" if step in losses else ""
+    best = " (best)" if loss and losses[step] == min(losses.values()) else ""
+    return f"{file.parent.name}, step {step:,}{loss}{best}"
 
 
 def found(asked):
-    """The choices, {name: description}: those asked for, else out*/, the newest run first, and
-    exported folders. Of a run, all checkpoints, the newest first."""
+    """The choices, {name: what is shown}: those asked for, else the runs out*/, the newest first,
+    and exported folders. Of a run all checkpoints, the newest first."""
     from train import checkpoints
     runs = [folder for folder in Path().glob("out*") if checkpoints(folder)]
     runs.sort(key=lambda run: checkpoints(run)[-1].stat().st_mtime, reverse=True)
     exported = [file.parent for file in sorted(Path().glob("*/config.json"))]
     choices = {}
     for name in asked or [*runs, *exported]:
-        files = checkpoints(name)[::-1] or [Path(name)]
-        is_run = files[0].suffix == ".pt"
-        choices |= {str(f) if is_run else str(name): describe(f) if is_run else str(name)
-                    for f in files}
+        files = checkpoints(name)[::-1]
+        choices |= {str(file): describe(file) for file in files} or {str(name): str(name)}
     return choices
 
 
@@ -88,7 +82,7 @@ def load(name, changed):
 
 
 def write(name, prompt, seed, length, temperature, top_k, top_p, repetition_penalty, stops):
-    """Yields (text after the prompt, tokens, seconds they took) as it comes, as sample.py has it."""
+    """Yields (text after the prompt, tokens, seconds they took) as they come; as sample.py's."""
     import torch
 
     from model import generate, worth_compiling
@@ -135,7 +129,7 @@ def show(asked, session, left, right, prompt, stop_texts, *numbers):
     prompt = prompt or "\n"
     names = [left, right] if right else [left]
     texts, lines, counts, shown = ["", ""], ["", ""], [0, 0], 0.0
-    STOPPED.discard(session)
+    mine = RUNNING[session] = object()
 
     def page(is_running):
         bodies = [f'<div class="written"><span class="prompt">{html.escape(prompt)}</span>'
@@ -146,7 +140,7 @@ def show(asked, session, left, right, prompt, stop_texts, *numbers):
     try:
         yield page(True)
         streams = dict(enumerate(start(asked, names, prompt, stop_texts, *numbers)))
-        while streams and session not in STOPPED:
+        while streams and RUNNING.get(session) is mine:
             for i, stream in list(streams.items()):
                 step = next(stream, None)
                 if step is None:
@@ -160,7 +154,8 @@ def show(asked, session, left, right, prompt, stop_texts, *numbers):
                 yield page(True)
         for i in streams:
             lines[i] += f": stopped at {counts[i]}"
-        yield page(False)
+        if RUNNING.get(session, mine) is mine:
+            yield page(False)
     except ValueError as e:
         texts, lines = ["", ""], ["", ""]
         yield page(False)
@@ -177,7 +172,7 @@ def page(asked):
         yield from show(asked, request.session_hash, *values)
 
     def stop_it(request: gr.Request):
-        STOPPED.add(request.session_hash)
+        RUNNING.pop(request.session_hash, None)
 
     def refresh(left, right):
         now = found(asked)
@@ -187,7 +182,7 @@ def page(asked):
     def generate(checkpoint: str, prompt: str, seed: int = 1337, length: int = 200,
                  temperature: float = 0.8, top_k: int = 50, top_p: float = 1.0,
                  repetition_penalty: float = 1.0, stop: str = "") -> str:
-        """The text after the prompt; checkpoint: as on the page, stop: texts that end it, by line."""
+        """The text after the prompt. checkpoint: as on the page; stop: texts, one a line."""
         values = (seed, length, temperature, top_k, top_p, repetition_penalty)
         try:
             return list(start(asked, [checkpoint], prompt or "\n", stop, *values)[0])[-1][0]
@@ -199,11 +194,11 @@ def page(asked):
         with gr.Row():
             with gr.Column(scale=5, min_width=340):
                 prompt = gr.Textbox("ROMEO:", label="Prompt", info="Ctrl-Enter generates", lines=3,
-                                    elem_id="prompt")
+                                    max_lines=8, elem_id="prompt")
                 gr.Examples(BEGINNINGS, prompt, label="Beginnings")
                 with gr.Row():
                     go = gr.Button("Generate", variant="primary", elem_id="go", min_width=90)
-                    again = gr.Button("Another seed", elem_id="again", min_width=90)
+                    again = gr.Button("New seed", elem_id="again", min_width=90)
                     on = gr.Button("Continue", elem_id="on", min_width=90)
                     stop = gr.Button("Stop", variant="stop", elem_id="stop", min_width=90,
                                      visible=False)
@@ -223,8 +218,8 @@ def page(asked):
                 sliders = [gr.Slider(low, high, value, step=step, label=label, info=info,
                                      elem_id=label.lower()[:6])
                            for label, (low, high, value, step, info) in SLIDERS.items()]
-                stops = gr.Textbox(label="Stop texts", info="One a line; \\n is a line break", lines=2,
-                                   elem_id="stops")
+                stops = gr.Textbox(label="Stop texts", info="One a line; \\n is a line break",
+                                   lines=2, elem_id="stops")
         written = gr.State("")
         (_, left_text, left_line), (right_column, right_text, right_line) = columns
         write_it = {"fn": run, "inputs": [left, right, prompt, stops, seed, *sliders],
@@ -233,7 +228,7 @@ def page(asked):
         private = {"api_visibility": "private", "show_progress": "hidden"}
         go.click(**write_it)
         again.click(lambda: random.randrange(2**31), None, seed, **private).then(**write_it)
-        on.click(lambda old, text: text or old, [prompt, written], prompt, **private).then(**write_it)
+        on.click(lambda old, new: new or old, [prompt, written], prompt, **private).then(**write_it)
         stop.click(stop_it, **private)
         right.change(lambda name: gr.Column(visible=bool(name)), right, right_column, **private)
         blocks.load(refresh, [left, right], [left, right], **private)
@@ -258,11 +253,11 @@ def main(argv=None):
     except ImportError:
         fail("gradio is missing: pip install -r tools/requirements.txt")
     if not found(args.checkpoint):
-        fail("there is no checkpoint here: python train.py config/smollm2.py makes one, or name one "
-             "with --checkpoint")
+        fail("there is no checkpoint here: name one with --checkpoint, or make one with python "
+             "train.py config/smollm2.py")
     import model
     model.compiler_problem = lru_cache(model.compiler_problem)  # it forgets what is compiled
-    theme = gr.themes.Soft(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
+    theme = gr.themes.Soft(font="system-ui", font_mono="ui-monospace")  # none from the web
     try:
         blocks = page(args.checkpoint).queue()
         _, url, _ = blocks.launch(server_name=args.host, server_port=args.port, share=False,

@@ -15,10 +15,15 @@ import re
 import shutil
 import sys
 import tempfile
+from contextlib import suppress
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
 
-HUB_NAME = r"[\w.-]+/[\w.-]+"
+import prepare
+from sample import HUB_NAME
+
+fail = partial(prepare.fail, "tools.export")
 HUB_DATASET = rf"({HUB_NAME})(:[\w.-]+)?, split \S+"  # how tools.corpus names it in meta.json
 PATHS = ("out_dir", "data_dir", "init_from")  # folders of this machine are nobody's business
 CARD = """---
@@ -65,11 +70,6 @@ Trained by SmolLM2-135M, trained from scratch (`train.py`, {machine}).
 """
 
 
-def fail(message, code=1):
-    print("tools.export:", *str(message).split(), file=sys.stderr)
-    raise SystemExit(code)
-
-
 def save_pretrained(model, folder, dtype, **extra):
     """Writes model.safetensors and config.json as transformers reads them; extra: more fields."""
     from safetensors.torch import save_file
@@ -80,18 +80,13 @@ def save_pretrained(model, folder, dtype, **extra):
     weights = {name: p.detach().to("cpu", dtype).contiguous()
                for name, p in model.named_parameters()}  # the tied matrix is there once
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    (folder / "model.safetensors").chmod(0o666 & ~umask())  # safetensors shuts others out
     config = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu",
               "attention_bias": False, "mlp_bias": False, "tie_word_embeddings": True,
               "head_dim": model.config.head_dim, "torch_dtype": str(dtype).removeprefix("torch."),
               **{f.name: getattr(model.config, f.name) for f in fields(SmolLM2Config)}, **extra}
     write_json(folder / "config.json", config)
-
-
-def umask():
-    old = os.umask(0)
-    os.umask(old)
-    return old
+    # safetensors shuts others out
+    (folder / "model.safetensors").chmod((folder / "config.json").stat().st_mode)
 
 
 def write_json(file, content):
@@ -113,11 +108,10 @@ def save_tokenizer(tokenizer, folder):
 
 def read_meta(state):
     """The meta.json of the data that were trained on; {} where they are gone, or others by now."""
-    from prepare import Data
     folder = Path(state["config"]["data_dir"])
     try:
         meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
-        return meta if Data(None, None, meta, folder).fingerprint() == state["data"] else {}
+        return meta if prepare.Data(None, None, meta, folder).fingerprint() == state["data"] else {}
     except (OSError, ValueError, LookupError, TypeError, AttributeError):
         return {}
 
@@ -140,38 +134,50 @@ def metrics_of(loss, meta):
     return {name: round(value, 4) for name, value in figures.items()}
 
 
-def front_matter(args, state, meta, dataset, figures, title):
+def front_matter(args, state, meta, figures, title):
     """The card's YAML: what the hub files the model under."""
     from huggingface_hub import EvalResult, ModelCardData
-    source = meta.get("source", "held-out text")
+    source = name_only(meta.get("source", "held-out text"))
+    match = re.fullmatch(HUB_DATASET, source)
+    dataset = match[1] if match else None
     results = [EvalResult("text-generation", dataset or "text", source, name, value,
                           dataset_split="held out") for name, value in figures.items()]
     init = state["config"]["init_from"]
     is_hub_name = re.fullmatch(HUB_NAME, init) and not os.path.exists(init)
     facts = {"license": args.licence, "language": args.language, "library_name": "transformers",
              "pipeline_tag": "text-generation", "tags": ["llama", "smollm2"], "model_name": title,
-             "base_model": init if is_hub_name else None, "datasets": dataset or None,
+             "base_model": init if is_hub_name else None, "datasets": dataset,
              "eval_results": results or None}
     return ModelCardData(**{name: fact for name, fact in facts.items() if fact}).to_yaml()
 
 
-def describe_losses(rows, state, meta, figures):
+def describe_losses(rows, state, figures):
     """What the card says of the losses, in Markdown."""
-    here = ", ".join(f"{name.replace('_', ' ')} {value:.4f}" for name, value in figures.items())
-    parts = [f"Held-out {here}." if here else "These weights were not evaluated."]
+    here = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in figures.items())
+    text = f"Held-out {here}." if here else "These weights were not evaluated."
     best = state["best"]
     if best and best["step"] != state["step"]:
-        parts[0] += f" The run's lowest loss up to here: {best['val_loss']:.4f}, step {best['step']}."
+        text += f" The run's lowest loss before was {best['val_loss']:.4f}, at step {best['step']}."
     tests = [row for row in rows if row.get("val_loss") is not None]
-    shown = {round(i * (len(tests) - 1) / 7) for i in range(8)}  # eight lines at most
-    table = ["| step | training loss | held-out loss | perplexity |", "|" + " ---: |" * 4]
-    for row in [tests[i] for i in sorted(shown) if tests]:
-        perplexity = metrics_of(row["val_loss"], {})["perplexity"]
-        table.append(f"| {row['step']} | {row['loss']:.4f} | {row['val_loss']:.4f} "
-                     f"| {perplexity:.2f} |")
-    if tests:
-        parts.append("\n".join(table))
-    return parts
+    table = ["| step | training loss | held-out loss |", "| ---: | ---: | ---: |"]
+    for i in sorted({round(i * (len(tests) - 1) / 7) for i in range(8) if tests}):  # a few of all
+        table.append("| {step} | {loss:.4f} | {val_loss:.4f} |".format(**tests[i]))
+    return [text, "\n".join(table)] if tests else [text]
+
+
+def describe_data(meta, tokens):
+    """What the card says of the data."""
+    if not meta:
+        return f"{tokens:,} tokens were trained on; the data are gone, or others by now."
+    source, tokenizer = (name_only(meta.get(name, "?")) for name in ("source", "tokenizer"))
+    return (f"Text: {source}; tokenizer: {tokenizer}. {meta['train_tokens']:,} tokens to train on, "
+            f"{meta['val_tokens']:,} held out; {tokens:,} tokens "
+            f"({tokens / meta['train_tokens']:.2f} epochs) were trained on.")
+
+
+def name_only(path):
+    """Of a path on this machine its last part; folders are nobody's business."""
+    return os.path.basename(os.path.normpath(path)) if os.path.isabs(path) else path
 
 
 def write_card(args, folder, state, parameters, title):
@@ -182,39 +188,24 @@ def write_card(args, folder, state, parameters, title):
         rows = [r for r in read_metrics(state["file"].parent) if r["step"] <= step]
     evaluated = [r["val_loss"] for r in rows if r["step"] == step and r.get("val_loss") is not None]
     figures = metrics_of(evaluated[0], meta) if evaluated else {}
-    losses = describe_losses(rows, state, meta, figures)
+    losses = describe_losses(rows, state, figures)
     if rows:
-        try:
+        with suppress(ImportError):  # the table says it, too
             draw({title: rows}, folder / "plot.png")
             losses.append("![Loss, learning rate, gradient norm and speed](plot.png)")
-        except ImportError:
-            pass  # the table says it, too
-    match = re.fullmatch(HUB_DATASET, meta.get("source", ""))
-    dataset = match[1] if match else ""
-    tokens = state["tokens"]
-    data = f"{tokens:,} tokens were trained on."
-    if meta:
-        name, tokenizer = (os.path.basename(meta.get(key, "?")) if os.path.isabs(meta.get(key, "?"))
-                           else meta.get(key, "?") for key in ("source", "tokenizer"))
-        data = (f"Text: {name}; tokenizer: {tokenizer}. {meta['train_tokens']:,} tokens to train on,"
-                f" {meta['val_tokens']:,} held out; {tokens:,} ({tokens / meta['train_tokens']:.2f} "
-                "epochs) were trained on.")
-    warning = ""
+    warning, commit, init = "", read_commit(state), config["init_from"]
     if meta.get("stand_in"):
         warning = (f"\n> [!WARNING]\n> **STAND-IN DATA.** The real {meta['stand_in']} could not be "
                    "fetched when the data were prepared.\n> This model is a try, not a result.\n")
-    origin = f"fine-tuned from {os.path.basename(config['init_from'])}"
-    if not config["init_from"]:
-        origin = "trained from random weights"
-    commit = read_commit(state)
-    machine = [f"{key} {value}" for key, value in state["machine"].items()]
-    place = args.push_to_hub or title
+    origin = f"fine-tuned from {name_only(init)}" if init else "trained from random weights"
+    machine = [f"git {commit}"] if commit else []
+    machine += [f"{name} {value}" for name, value in state["machine"].items()]
     (folder / "README.md").write_text(CARD.format(
-        front=front_matter(args, state, meta, dataset, figures, title), title=title, place=place,
-        folder=title, data=data, losses="\n\n".join(losses), warning=warning,
+        front=front_matter(args, state, meta, figures, title), title=title, folder=title,
+        place=args.push_to_hub or title, data=describe_data(meta, state["tokens"]),
+        losses="\n\n".join(losses), warning=warning, machine=", ".join(machine),
         summary=f"A language model of {parameters:,} parameters in the architecture of SmolLM2 "
                 f"(Llama), {origin} for {step:,} steps; its weights are {args.dtype}.",
-        machine=", ".join(([f"git {commit}"] if commit else []) + machine),
         recipe="\n".join(f"{k} = {v!r}" for k, v in config.items() if k not in PATHS)),
         encoding="utf-8")
 
@@ -258,7 +249,7 @@ def main(argv=None):
     parser = argparse.ArgumentParser(prog="python -m tools.export", description=__doc__,
                                      allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error = lambda message: fail(message, 2)
+    parser.error = partial(fail, code=2)
     add = parser.add_argument
     add("checkpoint", help="a file, an out_dir (its newest), best, OUT_DIR/best")
     add("folder", type=lambda text: Path(text).expanduser(), help="the folder to write")
@@ -272,8 +263,9 @@ def main(argv=None):
     args = parser.parse_args(argv)
     if args.push_to_hub and not re.fullmatch(HUB_NAME, args.push_to_hub):
         fail(f"--push_to_hub {args.push_to_hub}: must be USER/NAME", 2)
-    is_taken = args.folder.exists() and not (args.folder.is_dir() and not any(args.folder.iterdir()))
-    if is_taken and not (args.folder.is_dir() and args.overwrite):
+    if args.folder.exists() and not args.folder.is_dir():
+        fail(f"{args.folder} is a file", 2)
+    if args.folder.exists() and any(args.folder.iterdir()) and not args.overwrite:
         fail(f"{args.folder} is not empty: choose another folder, or replace its files with "
              "--overwrite", 2)
     try:

@@ -10,9 +10,12 @@ import argparse
 import itertools
 import json
 import os
-import sys
+from functools import partial
 from pathlib import Path
 
+import prepare
+
+fail = partial(prepare.fail, "tools.plot")
 AXES = {"step": "step", "tokens": "tokens", "time": "seconds"}  # --x, and its key in a row
 PANELS = {"loss": "Loss, nats per token", "lr": "Learning rate", "grad_norm": "Gradient norm",
           "tokens_per_sec": "Tokens per second"}
@@ -22,11 +25,6 @@ STYLE = {"font.size": 10, "axes.spines.top": False, "axes.spines.right": False,
          "axes.titlelocation": "left", "xtick.color": "#444444", "ytick.color": "#444444",
          "legend.frameon": False, "lines.linewidth": 1.8, "svg.hashsalt": ""}
 COLORS = ["#2563eb", "#ea580c", "#059669", "#9333ea", "#dc2626", "#0891b2", "#a16207", "#db2777"]
-
-
-def fail(message, code=1):
-    print("tools.plot:", *str(message).split(), file=sys.stderr)
-    raise SystemExit(code)
 
 
 def read_metrics(run):
@@ -167,7 +165,7 @@ def main(argv=None):
     parser = argparse.ArgumentParser(prog="python -m tools.plot", description=__doc__,
                                      allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error = lambda message: fail(message, 2)
+    parser.error = partial(fail, code=2)
     add = parser.add_argument
     add("runs", nargs="+", metavar="RUN", help="out_dirs of train.py, or metrics.jsonl files")
     add("--output", help="a .png or .svg file [plot.png in the first folder]")
