@@ -831,12 +831,13 @@ def load_run(out, source, overrides, args):
         usage_error(f"--resume: {e}; python train.py config/smollm2.py starts a run")
     except ValueError as e:
         sys.exit(f"train.py: {e}: start anew with --overwrite")
-    old = state["config"]
-    config = replace(TrainConfig(**old), **{**overrides, "out_dir": str(out)})
+    old = TrainConfig(**state["config"])
+    config = replace(old, **{**overrides, "out_dir": str(out)})
     for name in (*SIZES, "optimizer"):
-        if getattr(config, name) != old[name]:
-            sys.exit(f"train.py: {path} holds a run with {name} = {old[name]}, not "
-                     f"{getattr(config, name)}: leave it out, or start a run in another --out_dir")
+        is_now, was = getattr(config, name), getattr(old, name)
+        if is_now != was:
+            sys.exit(f"train.py: {path} holds a run with {name} = {was}, not {is_now}: leave it "
+                     "out, or start a run in another --out_dir")
     show(f"going on from {path} (step {state['step']})")
     return config, state
 
@@ -854,7 +855,8 @@ def open_data(config, overrides, state, machine):
         data = prepare.open_data(folder)
     except FileNotFoundError:
         usage_error(f"data_dir = {config.data_dir!r} holds no prepared data: python prepare.py "
-                    f"--input FILE --out_dir {shlex.quote(config.data_dir)}")
+                    f"--input FILE --out_dir {shlex.quote(config.data_dir)} makes them from a text, "
+                    "python -m tools.corpus from many (a recipe's first lines may have the command)")
     except ValueError as e:
         sys.exit(f"train.py: {e}; make the data again with prepare.py")
     largest, n, T = data.meta["vocab_size"] - 1, len(data.train), config.block_size
@@ -878,7 +880,8 @@ def open_data(config, overrides, state, machine):
 def name_changes(state, config, data, machine):
     """Says what is no longer as the checkpoint had it, so that the bits cannot be the same."""
     bending = [name for name, f in KEYS.items() if not f.metadata.get("free")]
-    old = {name: state["config"][name] for name in bending} | state["machine"]
+    then = TrainConfig(**state["config"])  # (a key that is new since has its default)
+    old = {name: getattr(then, name) for name in bending} | state["machine"]
     now = {name: getattr(config, name) for name in bending} | machine.fingerprint()
     old["data"], now["data"] = state["data"]["train"], data.fingerprint()["train"]
     changes = [f"{name} {old.get(name)} → {value}" for name, value in now.items()

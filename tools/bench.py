@@ -26,6 +26,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
@@ -68,7 +69,7 @@ def train_transformers(args):
     device, dtype, _ = pick_device()
     if args.lent:
         keep_freed_memory()
-    model = LlamaForCausalLM(LlamaConfig(use_cache=False, **llama_sizes())).to(device)
+    model = LlamaForCausalLM(LlamaConfig(**llama_sizes(), use_cache=False)).to(device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4, betas=(0.9, 0.95), weight_decay=0.1,
                                   fused=True)
     compiled = torch.compile(model)
@@ -257,11 +258,9 @@ class Contestant:
         self.first = time.perf_counter() - start  # seconds from launch to the end of the first turn
 
     def turn(self):
-        try:
+        with suppress(BrokenPipeError):  # it ended: there is no answer
             self.process.stdin.write("\n")
             self.process.stdin.flush()
-        except BrokenPipeError:
-            pass  # it ended: there is no answer
         answer = self.process.stdout.readline()
         if not answer:
             self.process.wait()
@@ -312,10 +311,9 @@ def spread(values, form="{:.2f}"):
 def processor():
     """The processor's name, with family and model, which tell what a name hides."""
     facts = {}
-    try:
-        facts = dict(re.findall(r"^([\w ]+?)\s*: (.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE))
-    except OSError:
-        pass  # not Linux
+    with suppress(OSError):  # not Linux
+        text = Path("/proc/cpuinfo").read_text()
+        facts = dict(re.findall(r"^([\w ]+?)\s*: (.+)$", text, re.MULTILINE))
     name = facts.get("model name", platform.processor() or platform.machine())
     return (f"{name}, family {facts.get('cpu family', '?')}, model {facts.get('model', '?')}, "
             f"{os.cpu_count()} cores")
@@ -391,12 +389,6 @@ def bench_prepare(args, report):
 PARTS = {"train": bench_train, "decode": bench_decode, "prepare": bench_prepare}
 
 
-def shape(text):
-    if not re.fullmatch(r"[1-9]\d*x[1-9]\d*", text):
-        raise argparse.ArgumentTypeError(f"{text!r}: expected BxT, as in 4x256")
-    return text
-
-
 def main(argv=None):
     parser = argparse.ArgumentParser(prog="python -m tools.bench", description=__doc__,
                                      allow_abbrev=False,
@@ -404,7 +396,7 @@ def main(argv=None):
     parser.error = partial(fail, code=2)
     add = parser.add_argument
     add("parts", nargs="*", help="train, decode, prepare [all three]")
-    add("--shapes", nargs="+", default=["4x256", "8x1024", "4x2048"], metavar="BxT", type=shape,
+    add("--shapes", nargs="+", default=["4x256", "8x1024", "4x2048"], metavar="BxT",
         help="sequences x tokens of a training step [4x256 8x1024 4x2048]")
     add("--runs", type=int, default=7, help="measured turns of each contestant [7]")
     add("--fast", dest="deterministic", action="store_false", help="train with deterministic=false")
@@ -426,6 +418,9 @@ def main(argv=None):
     unknown = [part for part in args.parts if part not in PARTS]
     if unknown:
         fail(f"unknown part {unknown[0]!r}: one of {', '.join(PARTS)}", 2)
+    for shape in args.shapes:
+        if not re.fullmatch(r"[1-9]\d*x[1-9]\d*", shape):
+            fail(f"--shapes {shape}: expected BxT, as in 4x256", 2)
     if args.runs < 1:
         fail(f"--runs {args.runs}: must be 1 or more", 2)
     report = {"machine": processor()}

@@ -25,7 +25,7 @@ from sample import HUB_NAME
 
 fail = partial(prepare.fail, "tools.export")
 HUB_DATASET = rf"({HUB_NAME})(:[\w.-]+)?, split \S+"  # how tools.corpus names it in meta.json
-PATHS = ("out_dir", "data_dir", "init_from")  # folders of this machine are nobody's business
+PATHS = ("out_dir", "data_dir", "init_from")  # folders of this machine are not told
 CARD = """---
 {front}
 ---
@@ -66,7 +66,9 @@ ollama create {title} && ollama run {title} "ROMEO:"
 {recipe}
 ```
 
-Trained by SmolLM2-135M, trained from scratch (`train.py`, {machine}).
+and else the defaults of `train.py`.
+
+Made by the `train.py` of "SmolLM2-135M, trained from scratch" ({machine}).
 """
 
 
@@ -109,20 +111,19 @@ def save_tokenizer(tokenizer, folder):
 def read_meta(state):
     """The meta.json of the data that were trained on; {} where they are gone, or others by now."""
     folder = Path(state["config"]["data_dir"])
-    try:
+    with suppress(OSError, ValueError, LookupError, TypeError, AttributeError):
         meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
-        return meta if prepare.Data(None, None, meta, folder).fingerprint() == state["data"] else {}
-    except (OSError, ValueError, LookupError, TypeError, AttributeError):
-        return {}
+        if prepare.Data(None, None, meta, folder).fingerprint() == state["data"]:
+            return meta
+    return {}
 
 
 def read_commit(state):
     """The git commit that the run was made with; "" where nobody wrote it down."""
-    try:
+    with suppress(OSError, ValueError, LookupError, TypeError):
         run = json.loads((state["file"].parent / "run.json").read_text(encoding="utf-8"))
-        return run["git"][:12] if re.fullmatch("[0-9a-f]{40,64}", run["git"]) else ""
-    except (OSError, ValueError, LookupError, TypeError):
-        return ""
+        return re.fullmatch("([0-9a-f]{12})[0-9a-f]*|", run["git"] or "")[1] or ""
+    return ""
 
 
 def metrics_of(loss, meta):
@@ -176,13 +177,14 @@ def describe_data(meta, tokens):
 
 
 def name_only(path):
-    """Of a path on this machine its last part; folders are nobody's business."""
+    """Of a path on this machine its last part."""
     return os.path.basename(os.path.normpath(path)) if os.path.isabs(path) else path
 
 
 def write_card(args, folder, state, parameters, title):
     """README.md and, where matplotlib is installed, plot.png."""
     from tools.plot import draw, read_metrics
+    from train import KEYS
     config, meta, step, rows = state["config"], read_meta(state), state["step"], []
     if (state["file"].parent / "metrics.jsonl").exists():
         rows = [r for r in read_metrics(state["file"].parent) if r["step"] <= step]
@@ -206,8 +208,8 @@ def write_card(args, folder, state, parameters, title):
         losses="\n\n".join(losses), warning=warning, machine=", ".join(machine),
         summary=f"A language model of {parameters:,} parameters in the architecture of SmolLM2 "
                 f"(Llama), {origin} for {step:,} steps; its weights are {args.dtype}.",
-        recipe="\n".join(f"{k} = {v!r}" for k, v in config.items() if k not in PATHS)),
-        encoding="utf-8")
+        recipe="\n".join(f"{name} = {value!r}" for name, value in config.items()
+                         if name not in PATHS and value != KEYS[name].default)), encoding="utf-8")
 
 
 def export(args):
@@ -234,15 +236,6 @@ def export(args):
             os.replace(file, args.folder / file.name)
     finally:
         shutil.rmtree(new)
-
-
-def push(folder, name, private):
-    """Uploads the folder. Raises what huggingface_hub raises."""
-    from huggingface_hub import HfApi
-    api = HfApi()
-    api.create_repo(name, private=private, exist_ok=True)
-    return api.upload_folder(repo_id=name, folder_path=folder,
-                             commit_message="Upload a model and its card")
 
 
 def main(argv=None):
@@ -277,11 +270,13 @@ def main(argv=None):
     print(f"{args.folder} is written", file=sys.stderr)
     if args.push_to_hub:
         try:
-            where = push(args.folder, args.push_to_hub, args.private)
+            from huggingface_hub import HfApi
+            HfApi().create_repo(args.push_to_hub, private=args.private, exist_ok=True)
+            where = HfApi().upload_folder(repo_id=args.push_to_hub, folder_path=args.folder,
+                                          commit_message="Upload a model and its card")
             print(f"uploaded: {where}", file=sys.stderr)
         except Exception as e:  # whatever the network or the hub has to say
-            problem = (str(e).strip().splitlines() or [type(e).__name__])[0]
-            fail(f"the upload failed: {problem} (logged in? hf auth login)")
+            fail(f"the upload failed: {prepare.first_line(e)} (logged in? hf auth login)")
 
 
 if __name__ == "__main__":
