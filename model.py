@@ -43,21 +43,21 @@ class SmolLM2Config:
         return self.hidden_size // self.num_attention_heads
 
 
-def is_single_row(x):
-    """True in a compiled step of decoding one text, where F.linear is slow on a CPU."""
-    return torch.compiler.is_compiling() and x.numel() == x.size(-1)
+BLOCK = 64  # positions in a block of the key/value cache
 
 
 def linear(x, weight):
     """x (..., in_features) @ weight.T."""
-    if is_single_row(x):  # three times as fast: it reads the weights at the memory's speed
+    if torch.compiler.is_compiling() and x.numel() == x.size(-1):
+        # A single row, as in decoding one text: this reads the weights at the memory's speed,
+        # F.linear at a third of it on a CPU.
         return (x[..., None, :] * weight.float()).sum(-1).to(x.dtype)
     return F.linear(x, weight)
 
 
 def linears(x, *layers):
-    """The outputs of several bias-free layers on one x (..., in_features)."""
-    if is_single_row(x):
+    """The outputs of several bias-free layers on one x (B, T, in_features)."""
+    if x.size(1) == 1:  # decoding: a concatenation would copy the weights at each token
         return [linear(x, layer.weight) for layer in layers]
     # One product. Compiled, torch.cat is fused with autocast's cast of the weights: it is free.
     weight = torch.cat([layer.weight for layer in layers])
@@ -141,16 +141,18 @@ def cpu_attention(q, k, v):
 
 
 def cached_attention(q, keys, values, position):
-    """Attention of one token, q (B, H, 1, D), over the cache up to `position`, a tensor (1,).
+    """Attention of one token, q (B, H, 1, D), over a layer's cache up to `position`, a tensor (1,).
 
-    keys: (B, H_kv, D, positions), values: (B, H_kv, positions, D). Plain sums, which fuse."""
+    Compiled, each core takes blocks of the cache (see Decoder), and no key is read twice."""
     B, H, _, D = q.shape
-    q = q.view(B, keys.size(1), -1, D, 1).float()
-    scores = (q * keys[:, :, None].float()).sum(3) * D**-0.5  # (B, H_kv, H / H_kv, positions)
-    future = torch.arange(keys.size(3), device=q.device) > position
-    probs = scores.masked_fill(future, -math.inf).softmax(-1)
-    y = (probs[..., None] * values[:, :, None].float()).sum(3)  # (B, H_kv, H / H_kv, D)
-    return y.view(B, H, 1, D)
+    q = q.view(keys.size(1), -1, D).float()  # (B * H_kv, G, D), G query heads to a key head
+    k, v, group = keys.float(), values.float(), range(q.size(1))
+    scores = torch.stack([(q[:, g, :, None] * k).sum(2) for g in group], dim=2) * D**-0.5
+    positions = torch.arange(k.size(0) * BLOCK, device=q.device).view(-1, 1, 1, BLOCK)
+    scores = torch.where(positions <= position, scores, -1e30)  # (blocks, B * H_kv, G, BLOCK)
+    p = torch.exp(scores - scores.amax((0, 3), keepdim=True))
+    y = torch.stack([(p[:, :, g, :, None] * v).sum(2) for g in group], dim=2).sum(0)
+    return (y / p.sum((0, 3))[..., None]).view(B, H, 1, D)
 
 
 class Attention(nn.Module):
@@ -172,8 +174,10 @@ class Attention(nn.Module):
         q, k = apply_rotary(q, cos, sin), apply_rotary(k, cos, sin)
         if cache is not None:
             keys, values = cache
-            keys[..., positions] = k.transpose(2, 3).to(keys.dtype)
-            values[:, :, positions] = v.to(values.dtype)
+            block, i = positions // BLOCK, positions % BLOCK
+            # (T, B * H_kv, D)
+            keys[block, :, :, i] = k.flatten(0, 1).transpose(0, 1).to(keys.dtype)
+            values[block, :, i] = v.flatten(0, 1).transpose(0, 1).to(values.dtype)
         if cache is not None and T == 1:
             y = cached_attention(q, keys, values, positions).to(x.dtype)
         else:
@@ -332,7 +336,6 @@ class SmolLM2(nn.Module):
         return 6 * N + a_layer * heads * self.config.head_dim * T
 
 
-BLOCK = 64  # positions: attention reads the cache up to the next multiple
 # A token takes 8 ms on a CPU, so small things count: sizes that cannot change are not checked, and
 # x * y + z is rounded once.
 DECODE_OPTIONS = {"size_asserts": False, "cpp.enable_floating_point_contract_flag": "fast"}
@@ -340,18 +343,20 @@ PROMPT_KERNELS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SD
 
 
 class Decoder:
-    """The model with a key/value cache: reads a prompt, then one token of each text a step."""
+    """The model with a key/value cache: reads a prompt, then one token of each text a step.
+
+    A layer's cache lies in blocks of positions, so that the part in use is read, in parallel:
+    keys (blocks, B * H_kv, D, BLOCK) and values (blocks, B * H_kv, BLOCK, D)."""
 
     def __init__(self, model, B, size, compile, graph):
         """size: prompt and text, in tokens. compile, graph: two ways to make the steps faster."""
         self.model, self.compile, self.graph = model, compile, graph
-        self.size = math.ceil(size / BLOCK) * BLOCK
         config, weight = model.config, model.lm_head.weight
-        self.cos, self.sin = rotary_table(self.size, config, weight.device)
-        # One block more than is read: what is compiled for a part would not fit the whole.
-        shape = (B, config.num_key_value_heads, self.size + BLOCK, config.head_dim)
-        values = [weight.new_zeros(shape) for _ in model.model.layers]
-        self.caches = [(v.transpose(2, 3).contiguous(), v) for v in values]
+        self.cos, self.sin = rotary_table(size, config, weight.device)
+        self.blocks = max(2, math.ceil(size / BLOCK))  # (compiled, a size of 1 would be a constant)
+        heads, D = B * config.num_key_value_heads, config.head_dim
+        self.caches = [(weight.new_zeros(self.blocks, heads, D, BLOCK),
+                        weight.new_zeros(self.blocks, heads, BLOCK, D)) for _ in model.model.layers]
         self.layer, self.next_logits = DecoderLayer.forward, SmolLM2.next_logits
         self.started = False
 
@@ -367,13 +372,14 @@ class Decoder:
 
     def open(self, size):
         """Lets attention read the caches' first `size` positions, in whole blocks."""
-        # (A CUDA graph would go on reading as many as at its capture.)
-        size = self.size if self.graph else math.ceil(size / BLOCK) * BLOCK
-        self.open_caches = [(keys[..., :size], values[:, :, :size]) for keys, values in self.caches]
+        blocks = max(2, math.ceil(size / BLOCK))
+        if self.graph:
+            blocks = self.blocks  # a CUDA graph goes on reading what it read at its capture
+        self.open_caches = [(keys[:blocks], values[:blocks]) for keys, values in self.caches]
         if self.compile:
             for keys, values in self.open_caches:  # compiled once, for any number of blocks
-                torch._dynamo.mark_dynamic(keys, 3)
-                torch._dynamo.mark_dynamic(values, 2)
+                torch._dynamo.mark_dynamic(keys, 0)
+                torch._dynamo.mark_dynamic(values, 0)
 
     def read_prompt(self, idx):
         """The logits (B, V) after the prompt idx (B, T); not compiled, since its length is new."""

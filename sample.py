@@ -78,7 +78,7 @@ def load(checkpoint):
         return from_pretrained(path), load_tokenizer(path), None
     if not path.exists() and path.name != "best" and re.fullmatch(HUB_NAME, checkpoint):
         model = from_pretrained(checkpoint)
-        return model, load_tokenizer(hub_folder(checkpoint)), None
+        return model, load_tokenizer(hub_folder(checkpoint, None)), None
     try:
         file, state = load_checkpoint(path, mmap=True)
     except FileNotFoundError as e:

@@ -743,9 +743,19 @@ def parse_args(argv):
         kind, text = f.type.__name__.upper(), f"{f.metadata['help']} [{f.default}]"
         group.add_argument(f"--{f.name}", type=partial(read_value, f), default=argparse.SUPPRESS,
                            metavar=kind, help=text)
-    args, rest = parser.parse_known_args(argv)
+    args = parse_known(parser, argv)
     if args.recipe:
-        args, rest = parser.parse_known_args(read_recipe(args.recipe) + list(argv or sys.argv[1:]))
+        args = parse_known(parser, read_recipe(args.recipe) + argv)  # later words win
+    if args.resume and args.resume.endswith(".py"):
+        usage_error(f"--resume {args.resume}: that is a recipe, not a checkpoint; write "
+                    f"train.py {args.resume} --resume")
+    if args.overwrite and args.resume is not None:
+        usage_error("--overwrite starts anew and --resume goes on: choose one")
+    return {name: getattr(args, name) for name in KEYS if hasattr(args, name)}, args
+
+
+def parse_known(parser, words):
+    args, rest = parser.parse_known_args(words)
     if rest and not rest[0].startswith("-"):
         usage_error(f"{rest[0]!r} is one argument too many: one recipe, then --key=value")
     if rest:
@@ -753,12 +763,7 @@ def parse_args(argv):
         near = difflib.get_close_matches(name, KEYS, 1, 0.5)
         hint = f"did you mean {near[0]}?" if near else "--help lists the keys"
         usage_error(f"unknown key {name}: {hint}")
-    if args.resume and args.resume.endswith(".py"):
-        usage_error(f"--resume {args.resume}: that is a recipe, not a checkpoint; write "
-                    f"train.py {args.resume} --resume")
-    if args.overwrite and args.resume is not None:
-        usage_error("--overwrite starts anew and --resume goes on: choose one")
-    return {name: getattr(args, name) for name in KEYS if hasattr(args, name)}, args
+    return args
 
 
 def check(config, world_size):
@@ -1012,7 +1017,7 @@ def lock(out):
 def main(argv=None):
     # Nothing that is printed can end a run: a closed pipe or a full disk loses lines, not steps.
     sys.stdout, sys.stderr = prepare.Unbreakable(sys.stdout), prepare.Unbreakable(sys.stderr)
-    overrides, args = parse_args(argv)
+    overrides, args = parse_args(sys.argv[1:] if argv is None else list(argv))
     is_first, alone = os.environ.get("RANK", "0") == "0", os.environ.get("WORLD_SIZE", "1") == "1"
     stop, held, run = Stop(alone), None, None
     out, source = find_run(overrides, args)

@@ -220,6 +220,13 @@ def test_the_fused_loss_equals_cross_entropy_in_value_and_gradients(N):
         assert torch.allclose(f, w, rtol=1e-4, atol=1e-6), (name, (f - w).abs().max())
 
 
+def test_the_loss_of_bf16_logits_is_reduced_in_fp32():
+    logits = 5 * torch.randn(40, 301, generator=torch.Generator().manual_seed(0)).bfloat16()
+    targets = torch.arange(40)
+    expected = F.cross_entropy(logits.float(), targets, reduction="none")
+    assert torch.allclose(M.softmax_minus_onehot(logits.clone(), targets), expected, atol=1e-5)
+
+
 def test_the_fused_loss_under_bf16_autocast_is_as_good_as_cross_entropy():
     ours, ids = small(max_position_embeddings=2560), torch.randint(211, (1, 2501))  # five chunks
     found = {}
@@ -227,6 +234,7 @@ def test_the_fused_loss_under_bf16_autocast_is_as_good_as_cross_entropy():
                                 ("plain", plain_loss, torch.bfloat16),
                                 ("fp32", plain_loss, torch.float32)]:
         with torch.autocast("cpu", dtype, enabled=dtype == torch.bfloat16):
+            assert ours.embed(ids).dtype == dtype
             loss = loss_of(ours, ids[:, :-1], ids[:, 1:])
         loss.backward()
         found[way] = loss.item(), torch.cat([p.grad.flatten() for p in ours.parameters()])

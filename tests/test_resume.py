@@ -7,10 +7,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import TINY, assert_same_bits, differences, metrics, read, run_main, untimed, wait_until
 
+import model as M
 import train
-from test_train import assert_refused, flip
+from tests.harness import (TINY, assert_refused, assert_same_bits, differences, flip, metrics, read, run_main, untimed,
+                           wait_until, write_data)
+
+def refused(result, *fragments, code=2):
+    assert_refused(result, "train.py", *fragments, code=code)
+
 
 # Everything that could shift the run: evaluation, samples, micro-batches, the best checkpoint, several epochs.
 LONG = ["--max_steps=60", "--checkpoint_interval=10", "--eval_interval=7", "--sample_interval=9",
@@ -21,7 +26,7 @@ LAST = "step_000060.pt"
 def run_to_the_end(start_train, *argv, tiny=True):
     process = start_train(*argv, tiny=tiny)
     process.wait(timeout=400)
-    text = process.log.read_text()
+    text = process.text
     assert process.returncode == 0, text
     return text
 
@@ -102,9 +107,9 @@ def test_kills_in_the_middle_of_saving_and_before_the_first_checkpoint(start_tra
 def test_a_signal_saves_says_how_to_go_on_and_changes_no_bit(signum, code, start_train, resume, never_stopped):
     process = start_train(*LONG)
     wait_until(lambda: lines_of("out") >= 12, process)
-    process.send_signal(signum)
+    process.signal(signum)
     assert process.wait(timeout=60) == code
-    text, step = process.log.read_text(), metrics("out")[-1]["step"]
+    text, step = process.text, metrics("out")[-1]["step"]
     assert "Traceback" not in text and "Go on with: python train.py --resume" in text.splitlines()[-1], text
     assert train.checkpoints("out")[-1].name == f"step_{step:06d}.pt" and step < 60
     assert resume().code == 0
@@ -122,20 +127,20 @@ def slow_steps(start_train):
 
 
 def test_a_log_file_shows_each_line_when_it_is_written(slow_steps):
-    wait_until(lambda: "step 1/1000 | loss" in slow_steps.log.read_text(), slow_steps, timeout=60)
+    wait_until(lambda: "step 1/1000 | loss" in slow_steps.text, slow_steps, timeout=60)
 
 
 def test_a_second_ctrl_c_leaves_at_once(slow_steps):
-    slow_steps.send_signal(signal.SIGINT)
-    wait_until(lambda: "Ctrl-C again leaves at once" in slow_steps.log.read_text(), slow_steps)
-    slow_steps.send_signal(signal.SIGINT)
+    slow_steps.signal(signal.SIGINT)
+    wait_until(lambda: "Ctrl-C again leaves at once" in slow_steps.text, slow_steps)
+    slow_steps.signal(signal.SIGINT)
     assert slow_steps.wait(timeout=60) == 130
-    assert not train.checkpoints("out") and "Traceback" not in slow_steps.log.read_text()
+    assert not train.checkpoints("out") and "Traceback" not in slow_steps.text
 
 
 def test_a_second_process_in_the_same_out_dir_is_refused(slow_steps, run_train, resume):
     for result in (run_train("--max_steps=1"), run_train("--overwrite"), run_train("--resume=auto"), resume()):
-        assert_refused(result, "another process is training in out", "--out_dir", code=1)
+        refused(result, "another process is training in out", "--out_dir", code=1)
     assert run_train("--max_steps=1", "--out_dir=another").code == 0
     slow_steps.kill()
     slow_steps.wait()
@@ -145,9 +150,9 @@ def test_a_second_process_in_the_same_out_dir_is_refused(slow_steps, run_train, 
 def test_ctrl_c_before_the_first_step_is_quiet(start_train):
     process = start_train("--max_steps=1000")
     wait_until(lambda: Path("out/.lock").exists(), process)  # torch is imported, the data are not yet loaded
-    process.send_signal(signal.SIGINT)
+    process.signal(signal.SIGINT)
     assert process.wait(timeout=60) == 130
-    assert "Traceback" not in process.log.read_text()
+    assert "Traceback" not in process.text
 
 
 @pytest.mark.parametrize("keys", [["dtype=float32"], ["dtype=float16"], ["optimizer=muon", "lr_schedule=wsd"],
@@ -200,7 +205,7 @@ def test_extending_keeps_the_learning_rate_horizon_and_holds_the_minimum(finishe
 
 
 def test_a_fresh_start_into_a_folder_with_a_run_is_refused_with_both_ways_out(finished, run_train, eight_steps):
-    assert_refused(run_train(), "out holds a run", "--resume", "--out_dir", "--overwrite")
+    refused(run_train(), "out holds a run", "--resume", "--out_dir", "--overwrite")
     assert_same_bits(finished / "step_000008.pt", eight_steps / "step_000008.pt")
     assert untimed(finished) == untimed(eight_steps)
 
@@ -222,7 +227,7 @@ def test_a_resumed_run_writes_where_its_checkpoint_lies(finished, resume):
     finished.rename("elsewhere")
     result = resume("--resume=elsewhere", "--max_steps=10")
     assert result.code == 0 and Path("elsewhere/step_000010.pt").exists() and not Path("out").exists()
-    assert_refused(resume("--resume=elsewhere", "--out_dir=o2"), "elsewhere", "o2")
+    refused(resume("--resume=elsewhere", "--out_dir=o2"), "elsewhere", "o2")
 
 
 def test_a_change_that_bends_the_run_is_made_and_named(finished, resume):
@@ -230,7 +235,7 @@ def test_a_change_that_bends_the_run_is_made_and_named(finished, resume):
     assert result.code == 0
     line = next(line for line in result.out.splitlines() if "no longer the same run" in line)
     assert "batch_size 4 → 2" in line and "seed 1337 → 7" in line and "max_steps" not in line
-    assert ("dtype bfloat16 → float32" in line) == train.native_bf16()
+    assert ("dtype bfloat16 → float32" in line) == M.native_bf16()
     assert read("out/step_000010.pt")["config"]["batch_size"] == 2
 
 
@@ -253,19 +258,18 @@ def test_other_intervals_are_no_change_of_the_run(finished, resume):
 @pytest.mark.parametrize("key, old, new", [("hidden_size", 32, 64), ("vocab_size", 49152, 50000),
                                             ("rope_theta", 1e5, 1e4)])
 def test_another_model_is_refused(finished, resume, key, old, new):
-    assert_refused(resume(f"--{key}={new}", "--max_steps=10"), f"{key} = {old}", str(new), code=1)
+    refused(resume(f"--{key}={new}", "--max_steps=10"), f"{key} = {old}", str(new), code=1)
 
 
 def test_other_data_are_refused_unless_named(finished, resume, data_dir):
-    from conftest import write_data
-    from test_train import numbers
-    write_data("other", numbers().train)
+    write_data("other", range(1007))
     state = read(finished / "step_000008.pt")
-    state["data"] = "0" * 64
+    state["data"] = {**state["data"], "train": "0" * 16}
     train.write_checkpoint(finished / "step_000008.pt", state)
-    assert_refused(resume("--max_steps=9"), "not the data", "--data_dir", code=1)
-    result = resume("--max_steps=9", "--data_dir=other")
+    refused(resume("--max_steps=9"), "not the data", "--data_dir", code=1)
+    result = resume("--max_steps=9", f"--data_dir={data_dir}")
     assert result.code == 0 and "data 00000000" in result.out, result
+    refused(resume("--max_steps=10", "--data_dir=other"), "another tokenizer", code=1)
 
 
 # ----------------------------------------------------------------------------------------------- damaged checkpoints
@@ -284,7 +288,7 @@ def test_where_the_newest_checkpoint_is_damaged_the_one_before_is_used(damage, f
     result = resume()
     assert result.code == 0, result
     assert any("step_000008.pt" in line and "damaged" in line and "trying the one before" in line
-               for line in result.out.splitlines()), result.out
+               for line in result.err.splitlines()), result.err
     assert "going on from out/step_000006.pt" in result.out
     assert_same_bits(newest, eight_steps / "step_000008.pt")
     assert untimed(finished) == untimed(eight_steps)
@@ -316,7 +320,7 @@ def test_a_checkpoint_with_code_in_it_is_refused_and_does_not_run(with_digest, r
         torch.save(state, path)
     for result in (resume(), resume(f"--resume={path}")):
         assert result.code == 1 and "Traceback" not in result.err
-        assert ("refused" if with_digest else "damaged") in result.out, result
+        assert ("refused" if with_digest else "damaged") in result.err, result
     assert not Path("ran").exists()
     path.write_bytes(pickle.dumps(Hostile()))
     assert resume().code == 1 and not Path("ran").exists()
@@ -333,9 +337,9 @@ def test_a_checkpoint_is_written_whole_or_not_at_all(finished, resume, monkeypat
             if self.left < 0:
                 raise OSError(28, os.strerror(28))
             return self.file.write(part)
-    real = train.HashingFile.__init__
-    monkeypatch.setattr(train.HashingFile, "__init__", lambda self, file: real(self, FullDisk(file)))
-    assert_refused(resume("--max_steps=12"), "No space left on device", "--resume", code=1)
+    save = torch.save
+    monkeypatch.setattr(torch, "save", lambda state, file: save(state, FullDisk(file)))
+    refused(resume("--max_steps=12"), "No space left on device", "--resume", code=1)
     assert train.checkpoints(finished)[-1].name == "step_000008.pt"
     assert_same_bits(finished / "step_000008.pt", eight_steps / "step_000008.pt")
     monkeypatch.undo()
@@ -349,7 +353,7 @@ def test_a_checkpoint_is_written_whole_or_not_at_all(finished, resume, monkeypat
 @pytest.mark.slow
 def test_compiled_runs_resume_to_the_bit(start_train):
     """With SIGKILL, too; the names in the checkpoint are those of an uncompiled run."""
-    if problem := train.compiler_problem(torch.device("cpu")):
+    if problem := M.compiler_problem(torch.device("cpu")):
         pytest.skip(f"no compiler here: {problem}")
     keys = ["--compile=true", "--max_steps=60", "--checkpoint_interval=10", "--eval_interval=8"]
     text = run_to_the_end(start_train, *keys, "--out_dir=whole")

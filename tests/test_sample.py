@@ -5,15 +5,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import TINY, read, run_main, run_script
 from transformers import LlamaForCausalLM
 
 import model as M
 import sample
 import train
 from sample import Streamer
-from test_model import lively, transformers_config
-from test_train import flip
+from tests.harness import TINY, assert_refused, flip, read, run_main, run_script
+from tests.test_model import lively, transformers_config
 
 PROMPT = "ROMEO:"
 
@@ -58,7 +57,7 @@ def test_standard_output_is_the_prompt_and_the_text_and_nothing_else(trained, to
     """The text is that of the same tokens drawn by hand from the checkpoint's weights."""
     result = run_sample(f"--prompt={PROMPT}", "--max_new_tokens=30", "--seed=5", "--dtype=float32", checkpoint=trained)
     state = read(trained / "step_000008.pt")
-    model = M.SmolLM2(M.SmolLM2Config(**{key: state["config"][key] for key in train.MODEL_KEYS}))
+    model = M.SmolLM2(train.TrainConfig(**state["config"]))
     model.load_state_dict(state["model"])
     ids = tokenizer.encode(PROMPT)
     tokens = M.generate(model, torch.tensor([ids]), 30, temperature=0.8, top_k=50,
@@ -150,9 +149,7 @@ def stream(tokenizer, prompt, text, stops=()):
     for token in ids[len(before):]:
         if not streamer.ended:
             pieces.append(streamer.push(token))
-    if not streamer.ended:
-        pieces.append(streamer.push(None, last=True))
-    return pieces, ids[len(before):]
+    return [*pieces, streamer.finish()], ids[len(before):]
 
 
 @pytest.mark.parametrize("text", ["naïve café, déjà vu", "🙂🙃 and 👩‍👩‍👧‍👦", "日本語のテキスト。",
@@ -170,7 +167,7 @@ def test_a_character_that_never_becomes_whole_does_not_hold_up_the_end(real_toke
     ids = real_tokenizer.encode("a🙂")
     streamer = Streamer(real_tokenizer, real_tokenizer.encode("x"), [])
     pieces = [streamer.push(i) for i in ids[:-1]]
-    assert "".join(pieces) == "a" and "a" not in streamer.push(None, last=True)
+    assert "".join(pieces) == "a" and "a" not in streamer.finish()
 
 
 def test_a_stop_text_over_several_tokens_is_never_shown_not_even_its_beginning(real_tokenizer):
@@ -216,10 +213,8 @@ def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_is_used(trained
 # ----------------------------------------------------------------------------------------------------------- refusals
 
 
-def assert_refused(result, *fragments, code):
-    assert result.code == code and len(result.err.splitlines()) == 1 and result.err.startswith("sample.py: "), result
-    assert all(fragment in result.err for fragment in fragments), result.err
-    assert "Traceback" not in result.err
+def refused(result, *fragments, code):
+    assert_refused(result, "sample.py", *fragments, code=code)
 
 
 @pytest.mark.parametrize("argv, fragment", [
@@ -233,21 +228,21 @@ def assert_refused(result, *fragments, code):
     (["ROMEO:"], "ROMEO:"), (["--prompt=\udcff"], "not UTF-8"),
 ], ids=lambda value: value[0].encode("utf-8", "replace").decode() if isinstance(value, list) else "")
 def test_bad_values_are_one_line_and_exit_2(argv, fragment):
-    assert_refused(run_sample(*argv), fragment, code=2)
+    refused(run_sample(*argv), fragment, code=2)
 
 
 def test_a_prompt_that_is_not_utf8_is_refused():
-    assert_refused(run_sample("--prompt=-", stdin=b"caf\xe9"), "UTF-8", code=2)
+    refused(run_sample("--prompt=-", stdin=b"caf\xe9"), "UTF-8", code=2)
 
 
 @pytest.mark.parametrize("argv", [[], ["--checkpoint=best"], ["--checkpoint=out/best"]])
 def test_without_a_checkpoint_it_says_which_command_makes_one(argv):
-    assert_refused(run_sample(*argv), "no checkpoint", "python train.py config/smollm2.py", code=1)
+    refused(run_sample(*argv), "no checkpoint", "python train.py config/smollm2.py", code=1)
 
 
 def test_without_a_checkpoint_a_real_process_says_so_without_a_traceback():
     result = run_script("sample.py", "--prompt", PROMPT)
-    assert_refused(result, "python train.py config/smollm2.py", code=1)
+    refused(result, "python train.py config/smollm2.py", code=1)
     assert result.out == ""
 
 
@@ -265,13 +260,13 @@ def test_a_folder_of_another_architecture_is_refused_by_name(hf_folder, change, 
     folder = Path(shutil.copytree(hf_folder, tmp_path / "copy"))
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, **change}))
-    assert_refused(run_sample(checkpoint=folder), named, code=1)
+    refused(run_sample(checkpoint=folder), named, code=1)
 
 
 def test_what_is_no_checkpoint_is_refused(tmp_path):
     (tmp_path / "empty").mkdir()
     Path("text.pt").write_text("not a checkpoint")
-    assert_refused(run_sample(checkpoint=tmp_path / "empty"), "config.json", code=1)
+    refused(run_sample(checkpoint=tmp_path / "empty"), "no checkpoint", "empty", code=1)
     result = run_sample(checkpoint="text.pt")
     assert result.code == 1 and "text.pt is damaged" in result.err and "Traceback" not in result.err
-    assert_refused(run_sample(checkpoint="./no/such/place"), "./no/such/place", code=1)
+    refused(run_sample(checkpoint="./no/such/place"), "no/such/place", code=1)

@@ -12,8 +12,8 @@ prepare  tokens/s on all cores against one
 
 Each contestant is a process of its own, warmed up; they take turns, step by step, so that a noisy
 machine is unfair to all alike (on a GPU too small for two, one after the other). The tables show
-medians, and lowest and highest; ratio is the median over the turns of the other's time to this
-one's. --output writes every measurement as JSON.
+medians (lowest to highest); the ratio says how many times as long as ours, turn by turn. --output
+writes every measurement as JSON.
 """
 import argparse
 import json
@@ -147,17 +147,16 @@ def timed(work):
 def decode_ours(args):
     import torch
 
-    from model import (SmolLM2, SmolLM2Config, generate, keep_freed_memory, pick_device,
-                       worth_compiling)
+    import model
     rows, prompt, new = args.rows
-    device, dtype, _ = pick_device("auto", args.dtype)
-    keep_freed_memory()
-    model = SmolLM2(SmolLM2Config()).to(device, dtype).eval()
-    compiled = worth_compiling(device, 10**6)  # as if for a long text: the compiling is not timed
+    device, dtype, _ = model.pick_device("auto", args.dtype)
+    model.keep_freed_memory()
+    net = model.SmolLM2(model.SmolLM2Config()).to(device, dtype).eval()
+    compiled = model.worth_compiling(device, 10**6)  # as for a long text: it is not timed
 
     def step():
         ids = torch.randint(0, 49152, (rows, prompt), device=device)
-        return stream(generate(model, ids, new, compiled, temperature=0), rows)
+        return stream(model.generate(net, ids, new, compiled, temperature=0), rows)
     return step
 
 

@@ -203,12 +203,12 @@ def page(asked):
                     stop = gr.Button("Stop", variant="stop", elem_id="stop", min_width=90,
                                      visible=False)
                 with gr.Row():
-                    columns = []
-                    for side in ("left", "right"):
-                        with gr.Column(visible=side == "left", min_width=280) as column:
-                            line = gr.Markdown(elem_classes="speed", elem_id=f"{side}-speed")
-                            text = gr.HTML(elem_id=f"{side}-text")
-                            columns.append((column, text, line))
+                    with gr.Column(min_width=280):
+                        left_line = gr.Markdown(elem_classes="speed", elem_id="left-speed")
+                        left_text = gr.HTML(elem_id="left-text")
+                    with gr.Column(min_width=280, visible=False) as right_column:
+                        right_line = gr.Markdown(elem_classes="speed", elem_id="right-speed")
+                        right_text = gr.HTML(elem_id="right-text")
             with gr.Column(scale=3, min_width=300):
                 left = gr.Dropdown(choices(), label="Checkpoint", elem_id="checkpoint")
                 right = gr.Dropdown([("none", ""), *choices()], value="", elem_id="beside",
@@ -221,7 +221,6 @@ def page(asked):
                 stops = gr.Textbox(label="Stop texts", info="One a line; \\n is a line break",
                                    lines=2, elem_id="stops")
         written = gr.State("")
-        (_, left_text, left_line), (right_column, right_text, right_line) = columns
         write_it = {"fn": run, "inputs": [left, right, prompt, stops, seed, *sliders],
                     "outputs": [left_text, right_text, left_line, right_line, written, stop],
                     "concurrency_limit": 8, "show_progress": "hidden", "api_visibility": "private"}
@@ -256,7 +255,7 @@ def main(argv=None):
         fail("there is no checkpoint here: name one with --checkpoint, or make one with python "
              "train.py config/smollm2.py")
     import model
-    model.compiler_problem = lru_cache(model.compiler_problem)  # it forgets what is compiled
+    model.compiler_problem = lru_cache(model.compiler_problem)  # each call forgets what is compiled
     theme = gr.themes.Soft(font="system-ui", font_mono="ui-monospace")  # none from the web
     try:
         blocks = page(args.checkpoint).queue()
