@@ -1,17 +1,27 @@
 """Exact resume: a run that was stopped, in any way, and resumed ends with the bits of one that was never stopped."""
 import os
 import pickle
+import random
+import shlex
 import shutil
 import signal
+import stat
+import subprocess
+import sys
+import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 import model as M
+import prepare
+import sample
 import train
-from tests.harness import (TINY, assert_refused, assert_same_bits, differences, flip, metrics, read, run_main, untimed,
-                           wait_until, write_data)
+from tests.harness import (ROOT, TINY, assert_refused, assert_same_bits, differences, flip, make_tokenizer, metrics,
+                           read, run_main, untimed, wait_until, write_data)
+
 
 def refused(result, *fragments, code=2):
     assert_refused(result, "train.py", *fragments, code=code)
@@ -345,6 +355,206 @@ def test_a_checkpoint_is_written_whole_or_not_at_all(finished, resume, monkeypat
     monkeypatch.undo()
     os.chdir(finished.parent)  # which undo has undone
     assert resume("--max_steps=12").code == 0
+
+
+# --------------------------------------------------------------------- what others' resumes broke, and the controls
+
+
+def whole_and_parts(run_train, resume, steps, keys=(), total=12):
+    """A run of `total` steps in one go (whole/), and one stopped after each of `steps` and resumed (out/)."""
+    keys = [*keys, f"--lr_decay_steps={total}"]
+    assert run_train(f"--max_steps={total}", *keys, "--out_dir=whole").code == 0
+    assert run_train(f"--max_steps={steps[0]}", *keys).code == 0
+    for step in (*steps[1:], total):
+        assert resume(f"--max_steps={step}").code == 0
+    return f"whole/step_{total:06d}.pt", f"out/step_{total:06d}.pt"
+
+
+@pytest.fixture
+def short_epochs(tmp_path, data_dir):
+    """Data of 12 blocks of 16 tokens: an epoch is three steps of four."""
+    folder = write_data(tmp_path / "short", range(13 * 16))
+    return [f"--data_dir={folder}"]
+
+
+@pytest.mark.parametrize("steps", [(1, 2), (3,), (3, 6, 9), (2, 5, 7), (4,), (11,)],
+                         ids=["in warm-up, twice in an epoch", "at an epoch's end", "at each", "off it", "after warm-up",
+                              "late in the decay"])
+def test_stops_anywhere_in_epochs_and_schedule_change_no_bit(steps, run_train, resume, short_epochs):
+    whole, out = whole_and_parts(run_train, resume, steps, [*short_epochs, "--weight_decay=0.3", "--beta2=0.8"])
+    assert_same_bits(whole, out, aside=["max_steps"])
+    assert read(out)["epoch"] == 4 and read(out)["sequence"] == 0
+
+
+def test_tokens_and_the_place_in_the_data_stay_true_when_the_batch_size_changes(run_train, resume, monkeypatch):
+    starts, real = [], train.epoch_order
+    monkeypatch.setattr(train, "get_batch", lambda data, config, machine, run, get=train.get_batch: (
+        starts.append((run.epoch, run.sequence, config.batch_size)), get(data, config, machine, run))[1])
+    assert run_train("--max_steps=4", "--batch_size=2", "--block_size=64", "--checkpoint_interval=0").code == 0
+    assert resume("--max_steps=8", "--batch_size=4").code == 0
+    assert resume("--max_steps=12", "--batch_size=1").code == 0
+    tokens = {line["step"]: line["tokens"] for line in metrics("out")}
+    assert [tokens[step] for step in (4, 5, 8, 9, 12)] == [512, 768, 1536, 1600, 1792] and real is train.epoch_order
+    read_so_far = [0]
+    for epoch, sequence, size in starts:  # nothing is skipped, nothing read twice
+        assert (epoch, sequence) == (0, read_so_far[-1])
+        read_so_far.append(sequence + size)
+    assert len(starts) == 12 and read_so_far[-1] == 28
+
+
+def test_another_block_size_begins_an_epoch_anew(run_train, resume):
+    assert run_train("--max_steps=2").code == 0
+    result = resume("--max_steps=3", "--block_size=32")
+    assert result.code == 0 and "block_size 16 → 32" in result.out
+    assert read("out/step_000003.pt")["epoch"] == 1 and read("out/step_000003.pt")["sequence"] == 4
+
+
+def test_the_same_data_under_another_path_are_the_same(finished, resume, data_dir, eight_steps):
+    shutil.copytree(data_dir, "moved")
+    (finished / "step_000008.pt").unlink()
+    result = resume("--data_dir=moved")
+    assert result.code == 0 and "no longer the same run" not in result.out
+    assert_same_bits(finished / "step_000008.pt", eight_steps / "step_000008.pt", aside=["data_dir"])
+
+
+def test_a_checkpoint_copied_beside_nothing_goes_on_there(finished, resume, eight_steps):
+    Path("other").mkdir()
+    shutil.copy(finished / "step_000006.pt", "other")
+    assert resume("--resume=other").code == 0
+    assert_same_bits("other/step_000008.pt", eight_steps / "step_000008.pt")
+
+
+@pytest.fixture
+def noisy_batches(monkeypatch):
+    """Training that draws from every generator of the process, as dropout or augmentation would."""
+    real = train.get_batch
+
+    def get_batch(data, config, machine, run):
+        x, y = real(data, config, machine, run)
+        noise = torch.randint(100, x.shape) + random.randrange(100) + np.random.randint(100)
+        return (x + noise) % 200, y
+    monkeypatch.setattr(train, "get_batch", get_batch)
+
+
+def test_a_run_that_draws_from_the_generators_resumes_to_the_bit(run_train, resume, noisy_batches):
+    assert_same_bits(*whole_and_parts(run_train, resume, (5, 7)), aside=["max_steps"])
+
+
+@pytest.mark.parametrize("name", ["torch", "numpy", "python"])
+def test_control_a_generator_that_is_not_restored_is_seen(name, run_train, resume, noisy_batches, monkeypatch):
+    real = train.rng_state
+    fresh = real()[name]
+    monkeypatch.setattr(train, "rng_state", lambda: {**real(), name: fresh})
+    whole, out = whole_and_parts(run_train, resume, (5,))
+    assert differences(read(whole)["model"], read(out)["model"])
+
+
+@pytest.mark.parametrize("loss", ["optimizer", "seed"])
+def test_control_a_run_without_its_optimizer_or_with_another_order_is_seen(loss, run_train, resume, short_epochs):
+    keys = [*short_epochs, "--lr_decay_steps=8"]
+    assert run_train("--max_steps=8", *keys, "--out_dir=whole").code == 0
+    assert run_train("--max_steps=4", *keys).code == 0
+    more = ["--seed=2"] if loss == "seed" else []
+    if loss == "optimizer":
+        state = read("out/step_000004.pt")
+        state["optimizer"]["state"] = {}
+        train.write_checkpoint(Path("out/step_000004.pt"), state)
+    assert resume("--max_steps=8", *more).code == 0
+    assert differences(read("whole/step_000008.pt")["model"], read("out/step_000008.pt")["model"])
+
+
+def test_a_checkpoint_reaches_the_disk_before_its_name_and_the_name_after(finished, monkeypatch):
+    calls, fsync, replace = [], os.fsync, os.replace
+    monkeypatch.setattr(os, "fsync", lambda f: (calls.append("folder" if stat.S_ISDIR(os.fstat(f).st_mode) else "file"),
+                                                fsync(f)))
+    monkeypatch.setattr(os, "replace", lambda a, b: (calls.append(f"{Path(a).suffix} to {Path(b).suffix}"), replace(a, b)))
+    train.write_checkpoint(finished / "step_000009.pt", read(finished / "step_000008.pt"))
+    assert calls == ["file", ".tmp to .pt", "folder"]
+
+
+# ----------------------------------------------------------------------------------- readers, terminals and folders
+
+
+def start_piped(data_dir, *argv, **how):
+    return subprocess.Popen([sys.executable, ROOT / "train.py", *TINY, f"--data_dir={data_dir}", "--max_steps=100000",
+                             *argv], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, **how)
+
+
+@pytest.mark.parametrize("signum, code", [(signal.SIGINT, 130), (signal.SIGHUP, 129)])
+def test_a_vanished_reader_loses_lines_and_no_steps(signum, code, data_dir):
+    """`train.py | tee log`, and Ctrl-C to both; or a terminal that is closed."""
+    with start_piped(data_dir) as process:
+        while b"step 2/" not in process.stdout.readline():
+            assert process.poll() is None
+        process.stdout.close()
+        wait_until_step(process, 10)
+        process.send_signal(signum)
+        assert process.wait(timeout=60) == code
+    assert train.step_of(train.checkpoints("out")[-1]) == metrics("out")[-1]["step"] >= 10
+
+
+def wait_until_step(process, step):
+    while lines_of("out") < step:
+        assert process.poll() is None
+        time.sleep(0.01)
+
+
+def test_nohup_survives_the_terminal(data_dir):
+    with start_piped(data_dir, preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN)) as process:
+        process.stdout.close()
+        wait_until_step(process, 3)
+        process.send_signal(signal.SIGHUP)
+        wait_until_step(process, lines_of("out") + 5)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(timeout=60) == 143
+
+
+def test_without_any_output_it_trains_all_the_same(data_dir):
+    command = shlex.join(map(str, [sys.executable, ROOT / "train.py", *TINY, f"--data_dir={data_dir}", "--max_steps=2"]))
+    assert subprocess.run(f"{command} >&- 2>&-", shell=True).returncode == 0
+    assert [p.name for p in train.checkpoints("out")] == ["step_000002.pt"]
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "samples", "tokenizer"])
+@pytest.mark.parametrize("argv", [[], ["--overwrite"], ["--resume=auto"]])
+def test_files_of_anyone_else_are_left_alone(name, argv, run_train):
+    Path("mine", name).mkdir(parents=True)
+    refused(run_train("--out_dir=mine", *argv), "mine", "something else")
+    assert [p.name for p in Path("mine").iterdir()] == [name]
+
+
+@pytest.mark.parametrize("argv", [["--beta2=1"], ["--data_dir=nowhere"], ["--device=tpu9"], ["--init_from=./nowhere"]])
+def test_a_start_that_fails_leaves_no_folder(argv, run_train):
+    assert run_train("--out_dir=new", *argv).code in (1, 2) and not Path("new").exists()
+
+
+def test_the_run_is_a_whole_whatever_became_of_its_data(data_dir, run_train, resume, monkeypatch):
+    """Another tokenizer in the data's folder: the run samples with its own, and does not go on with that one."""
+    import huggingface_hub
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *args, **kwargs: pytest.fail("the hub was asked"))
+    shutil.copytree(data_dir, "data")
+    assert run_train("--data_dir=data", "--max_steps=2").code == 0
+    wanted = run_main(sample.main, "--prompt=To be", "--max_new_tokens=8")
+    assert wanted.code == 0
+    make_tokenizer(Path("bytes"))
+    Path("text.txt").write_text("To be, or not to be, that is the question. " * 20)
+    assert run_main(prepare.main, "--input=text.txt", "--tokenizer=bytes", "--out_dir=data").code == 0
+    assert run_main(sample.main, "--prompt=To be", "--max_new_tokens=8") == wanted
+    for argv in ([], ["--data_dir=data"]):
+        refused(resume("--max_steps=4", *argv), "another tokenizer", "new run", code=1)
+    shutil.rmtree("data")
+    assert run_main(sample.main, "--prompt=To be", "--max_new_tokens=8") == wanted
+    shutil.rmtree("out/tokenizer")
+    refused_sample = run_main(sample.main, "--max_new_tokens=8")
+    assert refused_sample.code == 1 and "out/tokenizer" in refused_sample.err and "data/tokenizer" in refused_sample.err
+    refused(resume("--max_steps=4"), "no prepared data")
+
+
+def test_an_older_run_resumes_though_a_key_was_added_since(finished, resume):
+    state = read(finished / "step_000008.pt")
+    del state["config"]["grad_clip"]
+    train.write_checkpoint(finished / "step_000008.pt", state)
+    assert resume("--max_steps=9").code == 0
 
 
 # ----------------------------------------------------------------------------------------------------------- slow ones

@@ -413,6 +413,20 @@ def test_fp16_has_a_scaler_whose_state_is_saved_and_whose_skipped_steps_are_no_f
     assert all(line["grad_norm"] is None or math.isfinite(line["grad_norm"]) for line in lines)
 
 
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_an_infinite_gradient_in_fp16_stops_every_optimizer_and_lowers_the_scale(optimizer):
+    """Only the embedding's is infinite, and Muon has no part in it: it must not step either."""
+    config = TrainConfig(**train.parse_args([*TINY, f"--optimizer={optimizer}"])[0])
+    machine = Machine(torch.device("cpu"), torch.float16, compile=False)
+    run = Run(config, SmolLM2(config), machine)
+    run.model.model.embed_tokens.weight.register_hook(lambda grad: grad * math.inf)
+    before = {name: p.detach().clone() for name, p in run.model.named_parameters()}
+    ids = torch.randint(200, (4, 17))
+    loss, norm = train.train_step(run.model, run, (ids[:, :-1], ids[:, 1:]), config, machine, None)
+    assert math.isfinite(loss) and not math.isfinite(norm) and run.scaler.get_scale() == 2**15
+    assert all(torch.equal(p, before[name]) for name, p in run.model.named_parameters())
+
+
 def test_a_run_can_start_from_weights_in_hugging_faces_format(run_train, tmp_path):
     from tools.export import save_pretrained
     model = SmolLM2(TrainConfig(**train.parse_args(TINY)[0]))
