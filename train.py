@@ -9,6 +9,7 @@
 import argparse
 import ast
 import difflib
+import errno
 import hashlib
 import importlib.metadata
 import json
@@ -20,6 +21,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass, fields, replace
@@ -289,10 +291,10 @@ def train(run, net, data, config, machine, log, stop):
         # A best step is saved between two checkpoints, too, unless there are to be none.
         if is_due(run.step, config.checkpoint_interval) or is_best and config.checkpoint_interval:
             save(run, data, config, machine, log)
-    if log:
-        log.bar.close()
     if run.saved_step != run.step:
         save(run, data, config, machine, log)
+    if log:
+        log.close()
 
 
 class Run:
@@ -375,12 +377,15 @@ class Log:
         self.events = None
         with suppress(ImportError):  # TensorBoard is not installed
             from torch.utils.tensorboard import SummaryWriter
+            threading.excepthook = lambda args: None  # an error of its thread comes in ours again
             self.events = SummaryWriter(out / "tensorboard" / out.name, purge_step=run.step + 1)
             self.events.add_custom_scalars({"loss": {"both": ["Multiline", ["loss/.*"]]}})
             self.events.add_text("recipe", f"```\n{json.dumps(asdict(config), indent=1)}\n```")
 
     def step(self, row, run):
-        self.metrics.write(json.dumps(row).encode() + b"\n")
+        line = json.dumps(row).encode() + b"\n"
+        if self.metrics.write(line) < len(line):  # the last bytes of a disk take a part of a line
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), self.metrics.name)
         for name in self.TAGS.keys() & row.keys():
             if self.events and row[name] is not None:
                 self.events.add_scalar(self.TAGS[name], row[name], run.step)
@@ -417,6 +422,11 @@ class Log:
         os.fsync(self.metrics.fileno())
         if self.events:
             self.events.flush()
+
+    def close(self):
+        self.bar.close()
+        if self.events:
+            self.events.close()
 
 
 def clock(seconds):
@@ -516,7 +526,9 @@ def read_checkpoint(path, **kwargs):
         counts = [state[name] for name in ("step", "epoch", "sequence", "tokens")]
         is_plain = (all(isinstance(n, int) and n >= 0 for n in (*counts, best["step"]))
                     and all(isinstance(x, float) for x in (state["seconds"], best["val_loss"]))
-                    and all(isinstance(state[name], dict) for name in ("machine", "data")))
+                    and all(isinstance(state["data"][name], str)
+                            for name in ("train", "val", "tokenizer"))
+                    and isinstance(state["machine"], dict))
         if not is_plain:
             raise ValueError("its counters, machine or data are of another type")
     except Exception as e:  # a stranger's file can be wrong in any way
