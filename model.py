@@ -151,8 +151,9 @@ def cached_attention(q, keys, values, position):
     positions = torch.arange(k.size(0) * BLOCK, device=q.device).view(-1, 1, 1, BLOCK)
     scores = torch.where(positions <= position, scores, -1e30)  # (blocks, B * H_kv, G, BLOCK)
     p = torch.exp(scores - scores.amax((0, 3), keepdim=True))
-    y = torch.stack([(p[:, :, g, :, None] * v).sum(2) for g in group], dim=2).sum(0)
-    return (y / p.sum((0, 3))[..., None]).view(B, H, 1, D)
+    y = torch.stack([(p[:, :, g, :, None] * v).sum(2) for g in group], dim=2)
+    y = (y * (1.0 / p.sum((0, 3)))[..., None]).sum(0)  # (B * H_kv, G, D)
+    return y.view(B, H, 1, D)
 
 
 class Attention(nn.Module):

@@ -872,8 +872,8 @@ def open_data(config, overrides, state, machine):
         data = prepare.open_data(folder)
     except FileNotFoundError:
         usage_error(f"data_dir = {config.data_dir!r} holds no prepared data: python prepare.py "
-                    f"--input FILE --out_dir {shlex.quote(config.data_dir)} makes them from a text, "
-                    "python -m tools.corpus from many (a recipe's first lines may have the command)")
+                    f"--input FILE --out_dir {shlex.quote(config.data_dir)} makes them of a text, "
+                    "python -m tools.corpus of many (a recipe's first lines may say how)")
     except ValueError as e:
         sys.exit(f"train.py: {e}; make the data again with prepare.py")
     largest, n, T = data.meta["vocab_size"] - 1, len(data.train), config.block_size

@@ -107,7 +107,7 @@ FAULTS = [  # script, what is wrong, the line, the line with the fault, the test
     ("model", "an old GPU gets bf16", "if major >= 8:", "if major >= 7:",
      "test_model::test_a_gpu_has_bf16_from_capability_8_on_and_each_process_its_own"),
     ("prepare", "a file is not flushed to the disk", "os.fsync(handle)", "pass",
-     "test_prepare::test_killed_at_any_instant_it_leaves_the_old_data_or_the_new"),
+     "test_prepare::test_every_file_reaches_the_disk_before_the_folder_takes_its_name"),
     ("prepare", "a changed meta.json is taken", "!= meta_digest(meta)", "== 0", "test_prepare::test_damage_is_told_in_one_line"),
     ("prepare", "an id beyond the vocabulary is let through", 'if seen[meta["vocab_size"]:].any():', "if False:",
      "test_prepare::test_damage_is_told_in_one_line"),

@@ -422,6 +422,17 @@ def test_a_second_one_on_the_same_folder_is_refused(run):
     assert run("--input", "good.txt")[0] == 0 and os.listdir("data") == ["shakespeare"]
 
 
+@pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="Linux tells which file is flushed")
+def test_every_file_reaches_the_disk_before_the_folder_takes_its_name(run, monkeypatch):
+    events, fsync, rename = [], os.fsync, os.rename
+    monkeypatch.setattr(os, "fsync", lambda f: (events.append(Path(os.readlink(f"/proc/self/fd/{f}")).name), fsync(f)))
+    monkeypatch.setattr(os, "rename", lambda a, b: (events.append("RENAMED"), rename(a, b)))
+    assert run("--input", write("good.txt", PROSE)).code == 0
+    before, after = events[:events.index("RENAMED")], events[events.index("RENAMED") + 1:]
+    files = [path.name for path in Path("data/shakespeare").rglob("*")]
+    assert len(files) > 4 and set(before) >= {*files, ".shakespeare.new"} and after == ["data"]
+
+
 @pytest.mark.parametrize("name, code", [("SIGINT", 130), ("SIGTERM", 143)])
 def test_interrupted_it_leaves_what_was_there(run, stand_in, name, code):
     assert run("--input", write("good.txt", PROSE))[0] == 0

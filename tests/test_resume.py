@@ -542,6 +542,9 @@ def test_the_run_is_a_whole_whatever_became_of_its_data(data_dir, run_train, res
     assert run_main(sample.main, "--prompt=To be", "--max_new_tokens=8") == wanted
     for argv in ([], ["--data_dir=data"]):
         refused(resume("--max_steps=4", *argv), "another tokenizer", "new run", code=1)
+    Path("out/tokenizer").rename("kept")
+    assert run_main(sample.main, "--max_new_tokens=8").code == 1  # the data's is another, and not taken
+    Path("kept").rename("out/tokenizer")
     shutil.rmtree("data")
     assert run_main(sample.main, "--prompt=To be", "--max_new_tokens=8") == wanted
     shutil.rmtree("out/tokenizer")
