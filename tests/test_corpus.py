@@ -188,6 +188,7 @@ def test_without_the_datasets_library_one_line_says_what_to_install(run, monkeyp
 
 
 def test_the_command_that_prepare_names_does_the_work(stand_in):
+    pytest.importorskip("datasets", reason="`datasets` is not installed (tools/requirements.txt)")
     jsonl("my docs/a.jsonl", documents(60))
     code, _, err = run_main(prepare.main, "--input", "my docs", "--tokenizer", stand_in)
     command = err[err.index("python -m"):].replace("python", sys.executable, 1)

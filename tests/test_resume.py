@@ -149,8 +149,9 @@ def test_a_second_ctrl_c_leaves_at_once(slow_steps):
 
 
 def test_a_second_process_in_the_same_out_dir_is_refused(slow_steps, run_train, resume):
-    for result in (run_train("--max_steps=1"), run_train("--overwrite"), run_train("--resume=auto"), resume()):
-        refused(result, "another process is training in out", "--out_dir", code=1)
+    for argv in (["--max_steps=1"], ["--max_steps=1", "--overwrite"], ["--resume=auto"]):
+        refused(run_train(*argv), "another process is training in out", "--out_dir", code=1)
+    refused(resume(), "another process is training in out", "--out_dir", code=1)
     assert run_train("--max_steps=1", "--out_dir=another").code == 0
     slow_steps.kill()
     slow_steps.wait()
