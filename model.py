@@ -125,7 +125,7 @@ def cpu_attention(q, k, v):
     B, H, T, D = q.shape
     C = max(256, math.ceil(T / 4))
 
-    def block(q, k, v, start):
+    def attend(q, k, v, start):
         scores = q.flatten(2, 3) @ k.transpose(-2, -1)
         scores = scores.view(*q.shape[:4], -1)  # (B, H_kv, H / H_kv, C, keys)
         future = torch.full(scores.shape[-2:], -math.inf).triu(start + 1)
@@ -136,7 +136,8 @@ def cpu_attention(q, k, v):
     outputs = []
     for i in range(0, T, C):
         keys, values = k[:, :, :i + C], v[:, :, :i + C]
-        outputs.append(checkpoint(block, q[:, :, :, i:i + C], keys, values, i, use_reentrant=False))
+        queries = q[:, :, :, i:i + C]
+        outputs.append(checkpoint(attend, queries, keys, values, i, use_reentrant=False))
     return torch.cat(outputs, dim=3).view(B, H, T, D)
 
 
@@ -176,7 +177,7 @@ class Attention(nn.Module):
         if cache is not None:
             keys, values = cache
             block, i = positions // BLOCK, positions % BLOCK
-            # (T, B * H_kv, D)
+            # Index tensors around slices put their own dimension first: (T, B * H_kv, D)
             keys[block, :, :, i] = k.flatten(0, 1).transpose(0, 1).to(keys.dtype)
             values[block, :, i] = v.flatten(0, 1).transpose(0, 1).to(values.dtype)
         if cache is not None and T == 1:
@@ -240,7 +241,7 @@ class LinearCrossEntropy(torch.autograd.Function):
         dw = torch.empty_like(weight, dtype=torch.float32) if needs_grad else None
         for i in range(0, len(x), rows):
             logits = x[i:i + rows] @ w.t()  # (rows, V)
-            loss += kernel(logits, targets[i:i + rows]).sum()
+            loss += kernel(logits, targets[i:i + rows]).sum()  # logits now hold their gradients
             if needs_grad:
                 dx[i:i + rows] = logits @ w
                 dw_of_rows = logits.t() @ x[i:i + rows]  # (V, C)

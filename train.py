@@ -46,7 +46,8 @@ from model import (SmolLM2, SmolLM2Config, compiler_problem, from_pretrained, ge
 class TrainConfig(SmolLM2Config):
     """Every key of a recipe and of the command line; the model's sizes are inherited.
 
-    zero: the value may be 0 or empty. free: it may change on resume, and the run is the same."""
+    zero: the value may be 0 or empty. free: it may change on resume without a word; what the
+    machine's keys do to the bits is told by Machine.fingerprint."""
     # the run
     out_dir: str = key("out", "where checkpoints, metrics and samples are written", free=True)
     data_dir: str = key("data/shakespeare", "made by prepare.py or tools.corpus", free=True)
@@ -78,7 +79,7 @@ class TrainConfig(SmolLM2Config):
     sample_interval: int = key(500, "a text in out_dir/samples", zero=True, free=True)
     checkpoint_interval: int = key(250, "a checkpoint; every end makes one", zero=True, free=True)
     keep_checkpoints: int = key(2, "newest kept beside the best (0: all)", zero=True, free=True)
-    # the machine: what these change is told by Machine.fingerprint
+    # the machine
     device: str = key("auto", "auto, cpu, cuda, cuda:1, mps", free=True)
     dtype: str = key("auto", "of the products; weights and optimizer stay float32", free=True,
                      choices=("auto", "float32", "bfloat16", "float16"))
@@ -289,7 +290,8 @@ def train(run, net, data, config, machine, log, stop):
                 log.sample(write_sample(run, data, config, machine), run)
 
         # A best step is saved between two checkpoints, too, unless there are to be none.
-        if is_due(run.step, config.checkpoint_interval) or is_best and config.checkpoint_interval:
+        is_best = is_best and config.checkpoint_interval > 0
+        if is_best or is_due(run.step, config.checkpoint_interval):
             save(run, data, config, machine, log)
     if run.saved_step != run.step:
         save(run, data, config, machine, log)
@@ -377,7 +379,8 @@ class Log:
         self.events = None
         with suppress(ImportError):  # TensorBoard is not installed
             from torch.utils.tensorboard import SummaryWriter
-            threading.excepthook = lambda args: None  # an error of its thread comes in ours again
+            # An error of its writing thread is raised again by our next call: one is enough.
+            threading.excepthook = lambda args: None
             self.events = SummaryWriter(out / "tensorboard" / out.name, purge_step=run.step + 1)
             self.events.add_custom_scalars({"loss": {"both": ["Multiline", ["loss/.*"]]}})
             self.events.add_text("recipe", f"```\n{json.dumps(asdict(config), indent=1)}\n```")
@@ -600,6 +603,7 @@ def save(run, data, config, machine, log):
         state = {**run.state(), "rng": rng, "data": data.fingerprint(),
                  "machine": machine.fingerprint()}
         write_checkpoint(out / f"step_{run.step:06d}.pt", state)
+        # (0 keeps all: [-0:] is the whole list)
         kept = {step_of(path) for path in checkpoints(out)[-config.keep_checkpoints:]}
         if run.best:
             kept.add(run.best["step"])
@@ -840,7 +844,7 @@ def load_run(out, source, overrides, args):
     if source is None and checkpoints(out) and not args.overwrite:
         usage_error(f"{out} holds a run: go on with --resume, or choose another --out_dir, or "
                     "delete it with --overwrite")
-    if source is None or args.resume == "auto" and not checkpoints(out):
+    if source is None or (args.resume == "auto" and not checkpoints(out)):
         return config, None
     try:
         path, state = load_checkpoint(source)
@@ -1074,8 +1078,8 @@ def main(argv=None):
     if stop.signum:
         show(f"stopped at step {run.step}; {written}. Go on with: {again}")
         raise SystemExit(128 + stop.signum)
-    best = "" if out == Path("out") else f" --checkpoint {shlex.quote(str(out))}"
-    show(f"done: {run.step} steps; {written}. Next: python sample.py --prompt \"ROMEO:\"{best}")
+    option = "" if out == Path("out") else f" --checkpoint {shlex.quote(str(out))}"
+    show(f"done: {run.step} steps; {written}. Next: python sample.py --prompt \"ROMEO:\"{option}")
     if run.best and run.best["step"] < run.step:
         show(f"The held-out loss was lowest at step {run.best['step']}: "
              f"python sample.py --checkpoint {shlex.quote(str(out / 'best'))} takes that one")

@@ -1,4 +1,5 @@
 """The same architecture at 3.3 million parameters (3.1 of them the embedding): about a minute on a laptop's CPU."""
+out_dir = "out-tiny"
 max_steps = 300
 batch_size = 8
 block_size = 64

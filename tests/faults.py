@@ -78,7 +78,7 @@ FAULTS = [  # script, what is wrong, the line, the line with the fault, the test
     ("train", "steps beyond the checkpoint stay in metrics.jsonl", "(keepends=True)[:step]", "(keepends=True)", OLDER),
     ("train", "later checkpoints are not set aside", "if step_of(path) > run.step:", "if False:", OLDER),
     ("train", "a signal is not heeded", "self.asked = self.asked or self.alone", "pass", SIGNAL),
-    ("train", "a stopped run exits with 0", "raise SystemExit(128 + stop.signum)\n    best", "return\n    best", SIGNAL),
+    ("train", "a stopped run exits with 0", "raise SystemExit(128 + stop.signum)\n    option", "return\n    option", SIGNAL),
     ("train", "two processes write one run", "held.acquire(timeout=0)", "pass",
      "test_resume::test_a_second_process_in_the_same_out_dir_is_refused"),
     ("train", "another tokenizer is taken", 'if old["tokenizer"] != new["tokenizer"]:', "if False:",
