@@ -15,7 +15,7 @@ import signal
 import sys
 from pathlib import Path
 
-HUB_NAME = r"[\w.-]+/[\w.-]+"
+HUB_NAME = r"\w[\w.-]*/\w[\w.-]*"
 
 
 def fail(message, code=1):
@@ -76,7 +76,8 @@ def load(checkpoint):
     path = Path("out/best") if checkpoint == "best" else Path(checkpoint).expanduser()
     if (path / "config.json").is_file():
         return from_pretrained(path), load_tokenizer(path), None
-    if not path.exists() and path.name != "best" and re.fullmatch(HUB_NAME, checkpoint):
+    is_path = path.parent.exists() or path.suffix == ".pt" or path.name == "best"
+    if not is_path and re.fullmatch(HUB_NAME, checkpoint):
         model = from_pretrained(checkpoint)
         return model, load_tokenizer(hub_folder(checkpoint, None)), None
     try:

@@ -828,7 +828,8 @@ def find_run(overrides, args):
         if "out_dir" in overrides and folder.resolve() != out.resolve():
             usage_error(f"--resume={source} goes on in {folder}, not in out_dir = {out}: give one")
         out = folder
-    foreign = [name for name in ("metrics.jsonl", "samples", "tokenizer") if (out / name).exists()]
+    ours = ("metrics.jsonl", "samples", "tokenizer", "tensorboard", "superseded")
+    foreign = [name for name in ours if (out / name).exists()]
     if foreign and not is_run(out):
         usage_error(f"out_dir = {out} holds files of something else ({foreign[0]}): choose another")
     return out, source
@@ -1031,6 +1032,10 @@ def lock(out):
 
 
 def main(argv=None):
+    spare = os.open(os.devnull, os.O_RDWR)
+    while spare <= 2:  # a closed standard stream: no file of the run may take its number
+        spare = os.open(os.devnull, os.O_RDWR)
+    os.close(spare)
     # Nothing that is printed can end a run: a closed pipe or a full disk loses lines, not steps.
     sys.stdout, sys.stderr = prepare.Unbreakable(sys.stdout), prepare.Unbreakable(sys.stderr)
     overrides, args = parse_args(sys.argv[1:] if argv is None else list(argv))

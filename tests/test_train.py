@@ -2,6 +2,7 @@
 import dataclasses
 import json
 import math
+import os
 import re
 import shutil
 import types
@@ -18,12 +19,14 @@ import train
 from model import SmolLM2, SmolLM2Config
 from prepare import Data
 from tests.harness import (ROOT, TINY, assert_refused, assert_same_bits, differences, flip, metrics, read, run_main,
-                           run_script, untimed, write_data)
+                           run_script, seal, untimed, write_data)
 from train import Machine, Run, TrainConfig, epoch_order, get_batch, lr_factor
 
 RECIPES = sorted((ROOT / "config").glob("*.py"))
 TYPES = {f.name: f.type for f in dataclasses.fields(TrainConfig)}
 CPU = Machine(torch.device("cpu"), torch.float32, compile=False)
+SMALL = {"vocab_size": 50, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1,
+         "num_attention_heads": 2, "num_key_value_heads": 1}
 
 
 def refused(result, *fragments, code=2):
@@ -53,7 +56,7 @@ def test_the_recipe_is_the_published_setting():
 def test_the_command_line_wins_over_the_recipe_and_the_recipe_over_the_defaults():
     Path("r.py").write_text('"""A docstring."""\n# a comment\nmax_steps = 7\nseed = 5\nlearning_rate = 1\n')
     overrides, args = train.parse_args(["r.py", "--seed=6", "--batch_size", "12", "--compile=False",
-                                       "--rope_theta=1e4"])
+                                        "--rope_theta=1e4"])
     assert overrides == {"max_steps": 7, "seed": 6, "learning_rate": 1.0, "batch_size": 12, "compile": False,
                          "rope_theta": 1e4}
     assert type(overrides["learning_rate"]) is float and args.resume is None and not args.overwrite
@@ -64,8 +67,7 @@ def test_the_command_line_wins_over_the_recipe_and_the_recipe_over_the_defaults(
     (["--batchsize", "4"], ["did you mean batch_size?"]),
     (["--xyzzy=1"], ["unknown key xyzzy", "--help"]),
     (["--max_steps=ten"], ["max_steps", "'ten'", "expected int"]),
-    (["--max_steps=1.5"], ["expected int"]),
-    (["--max_steps="], ["expected int"]),
+    (["--max_steps=1.5"], ["expected int"]), (["--max_steps="], ["expected int"]),
     (["--compile=maybe"], ["compile", "expected bool"]),
     (["--learning_rate=nan"], ["learning_rate = nan", "0 or more"]),
     (["--learning_rate=1e999"], ["learning_rate = inf", "less than"]),
@@ -94,33 +96,27 @@ def test_the_command_line_wins_over_the_recipe_and_the_recipe_over_the_defaults(
     (["--data_dir=nowhere"], ["nowhere", "python prepare.py --input FILE --out_dir nowhere"]),
 ], ids=lambda value: " ".join(value) if isinstance(value, list) and value[0].startswith("-") else None)
 def test_what_one_types_wrong_is_one_line_and_exit_2(argv, fragments, run_train):
-    refused(run_train(*argv), *fragments)
-    assert not list(Path().glob("**/*.pt"))
+    refused(run_train("--max_steps=1", *argv), *fragments)
+    assert not list(Path().iterdir())  # no folder either
 
 
 @pytest.mark.parametrize("text, fragments", [
     ("max_stepz = 5", ["max_stepz", "did you mean max_steps?"]),
     ("seed = 1\nbatch_size = 4.0", ["batch_size", "'4.0'", "expected int"]),
-    ("batch_size = True", ["expected int"]),
-    ("batch_size = '4x'", ["expected int"]),
+    ("batch_size = True", ["expected int"]), ("batch_size = '4x'", ["expected int"]),
     ("out_dir = 5", ["line 1", "out_dir = 5", "expected str"]),
     ("out_dir = 'a\\nb'", ["out_dir", "expected str"]),
     ("learning_rate = None", ["expected float"]),
-    ("import os\nos.mkdir('ran')", ["line 1", "plain assignments only"]),
-    ("batch_size = __import__('os').mkdir('ran')", ["line 1", "plain assignments only"]),
-    ("batch_size = len([1])", ["plain assignments only"]),
-    ("batch_size += 1", ["plain assignments only"]),
-    ("batch_size: int = 1", ["plain assignments only"]),
-    ("batch_size = seed = 1", ["line 1"]), ("batch_size = -1", ["line 1"]),
-    ("a.b = 1", ["plain assignments only"]),
-    ("if True:\n    seed = 1", ["plain assignments only"]),
-    ("batch_size = = 4", ["not Python"]),
-    ("\0", ["not Python"]),
+    *[(text, ["line 1", "plain assignments only"]) for text in (
+        "import os\nos.mkdir('ran')", "batch_size = __import__('os').mkdir('ran')", "batch_size = len([1])",
+        "batch_size += 1", "batch_size: int = 1", "batch_size = seed = 1", "batch_size = -1", "a.b = 1",
+        "if True:\n    seed = 1")],
+    ("batch_size = = 4", ["not Python"]), ("\0", ["not Python"]),
     ("batch_size = " + "(" * 5000, ["r.py"]),
 ], ids=lambda value: value[:30].replace("\0", "NUL") if isinstance(value, str) else "")
 def test_a_recipe_with_anything_but_known_typed_assignments_is_refused_and_never_run(text, fragments, run_train):
     Path("r.py").write_text(text)
-    refused(run_train("r.py"), *fragments)
+    refused(run_train("r.py", "--max_steps=1"), *fragments)
     assert not Path("ran").exists()
 
 
@@ -150,19 +146,18 @@ def test_the_learning_rate_warms_up_follows_a_cosine_and_stays_at_the_minimum():
     assert rates[35] == pytest.approx(0.1 + 0.9 * (0.5 + 0.5 * math.cos(math.pi / 4)))
     assert all(a > b for a, b in zip(rates[10:110], rates[11:111]))
     assert rates[109] == pytest.approx(0.1, abs=1e-3) and rates[110:] == pytest.approx([0.1] * 90)
+    wsd = [lr_factor(dataclasses.replace(config, lr_schedule="wsd"), step) for step in range(200)]
+    assert wsd[:88] == rates[:10] + [1.0] * 78 and wsd[110:] == rates[110:]
+    assert wsd[88:110] == pytest.approx([1.0 - 0.9 * i / 22 for i in range(22)])
 
 
-@pytest.mark.parametrize("steps", [1, 2, 5, 99, 100, 101])
-def test_a_warm_up_longer_than_the_run_bends_and_breaks_nothing(steps):
-    config = TrainConfig(learning_rate=1.0, min_lr=0.1, warmup_steps=100, lr_decay_steps=steps)
+@pytest.mark.parametrize("steps, warmup", [(1, 100), (2, 100), (99, 100), (100, 100), (101, 100), (5, 0)])
+def test_a_warm_up_longer_than_the_run_bends_and_breaks_nothing(steps, warmup):
+    config = TrainConfig(learning_rate=1.0, min_lr=0.1, warmup_steps=warmup, lr_decay_steps=steps)
     rates = [lr_factor(config, step) for step in range(steps + 2)]
-    n = min(steps, 100)
-    assert rates[:n] == pytest.approx([(i + 1) / n for i in range(n)])
+    n = min(steps, warmup)
+    assert rates[:n] == pytest.approx([(i + 1) / n for i in range(n)]) and max(rates) == 1.0
     assert rates[steps:] == pytest.approx([0.1, 0.1])
-
-
-def test_no_warm_up_is_legal():
-    assert lr_factor(TrainConfig(learning_rate=1.0, warmup_steps=0, lr_decay_steps=10), 0) == 1.0
 
 
 # ------------------------------------------------------------------------------------------------ the order of data
@@ -191,16 +186,12 @@ def numbers(n=1007):
     return Data(np.arange(n, dtype="<u2"), np.arange(9, dtype="<u2"), {}, Path())
 
 
-def run_at(config, step, data):
-    """A stand-in for a Run that has done so many steps of this batch size."""
+def batch_at(data, config, machine, step):
+    """The batch that follows so many steps."""
     run = types.SimpleNamespace(config=config, step=0, epoch=0, sequence=0, tokens=0)
     for _ in range(step):
         Run.advance(run, data)
-    return run
-
-
-def batch_at(data, config, machine, step):
-    return get_batch(data, config, machine, run_at(config, step, data))
+    return get_batch(data, config, machine, run)
 
 
 def test_batches_are_consecutive_tokens_and_an_epoch_of_them_holds_every_block_once():
@@ -247,7 +238,7 @@ def test_a_run_writes_its_metrics_its_samples_and_a_whole_checkpoint(run_train):
     lines = metrics("out")
     assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
     for line in lines:
-        assert {"step", "loss", "lr", "grad_norm", "tokens_per_sec"} <= line.keys()
+        assert {"step", "loss", "lr", "grad_norm", "tokens", "seconds", "tokens_per_sec"} <= line.keys()
         assert ("val_loss" in line) == (line["step"] in (3, 6)), line
         assert math.isfinite(line["loss"]) and line["grad_norm"] > 0 and line["tokens_per_sec"] > 0
     assert any(len(repr(line["loss"])) > 10 for line in lines)  # unrounded
@@ -258,10 +249,11 @@ def test_a_run_writes_its_metrics_its_samples_and_a_whole_checkpoint(run_train):
     assert {"step", "model", "optimizer", "rng", "config"} <= state.keys() and state["step"] == 6
     assert set(state["rng"][0]) == {"python", "numpy", "torch", "cuda"}
     with torch.device("meta"):
-        model = SmolLM2(TrainConfig(**state["config"]))
-    assert list(state["model"]) == list(model.state_dict())  # the raw module's names
+        assert list(state["model"]) == list(SmolLM2(TrainConfig(**state["config"])).state_dict())  # the raw names
     assert {"torch", "device", "dtype", "threads", "processes", "compile", "deterministic"} <= state["machine"].keys()
     assert not list(Path("out").glob("*.tmp"))
+    facts = json.loads(Path("out/run.json").read_text())
+    assert facts["config"] == state["config"] and facts["torch"] == torch.__version__ and facts["command"]
 
 
 def test_the_banner_and_the_progress_line_say_what_a_person_wants_to_know(run_train, data_dir):
@@ -276,11 +268,6 @@ def test_the_banner_and_the_progress_line_say_what_a_person_wants_to_know(run_tr
     assert result.err == ""
 
 
-def test_one_step_is_legal(run_train):
-    assert run_train("--max_steps=1", "--warmup_steps=100", "--learning_rate=1e-3").code == 0
-    assert [line["lr"] for line in metrics("out")] == [1e-3]
-
-
 def test_intervals_of_0_switch_things_off(run_train):
     result = run_train("--max_steps=11", "--log_interval=0")
     assert result.code == 0 and "held-out loss" not in result.out and not Path("out/samples").exists()
@@ -289,9 +276,8 @@ def test_intervals_of_0_switch_things_off(run_train):
 
 
 def test_the_first_loss_and_norm_are_those_of_the_first_batch(run_train, data_dir):
-    assert run_train("--max_steps=1", "--dtype=float32", "--micro_batch_size=1").code == 0
-    overrides, _ = train.parse_args([f"--data_dir={data_dir}", *TINY])
-    config = TrainConfig(**overrides)
+    assert run_train("--max_steps=1", "--dtype=float32", "--micro_batch_size=1", "--warmup_steps=100").code == 0
+    config = TrainConfig(**train.parse_args(TINY)[0])
     torch.manual_seed(config.seed)
     model = SmolLM2(config)
     x, y = batch_at(prepare.open_data(data_dir), config, CPU, 0)
@@ -300,6 +286,7 @@ def test_the_first_loss_and_norm_are_those_of_the_first_batch(run_train, data_di
     norm = math.sqrt(sum(p.grad.double().square().sum().item() for p in model.parameters()))
     line = metrics("out")[0]
     assert line["loss"] == pytest.approx(loss.item(), abs=1e-4) and line["grad_norm"] == pytest.approx(norm, rel=1e-3)
+    assert line["lr"] == 1e-2 and line["tokens"] == 64  # one step is legal, and its warm-up is as short
 
 
 def test_micro_batches_change_memory_and_not_the_run(run_train):
@@ -331,8 +318,7 @@ def test_the_same_seed_gives_the_same_bits_and_another_seed_another_run(run_trai
 
 def test_the_held_out_loss_is_the_mean_over_the_whole_split_each_token_once():
     torch.manual_seed(0)
-    model = SmolLM2(SmolLM2Config(vocab_size=50, hidden_size=16, intermediate_size=32, num_hidden_layers=1,
-                                  num_attention_heads=2, num_key_value_heads=1, initializer_range=0.5))
+    model = SmolLM2(SmolLM2Config(**SMALL, initializer_range=0.5))
     val = np.random.default_rng(0).integers(50, size=131).astype("<u2")
     data = Data(val, val, {}, Path())
     for eval_tokens, n in ((10_000, 130), (130, 130), (100, 100), (7, 7)):
@@ -362,22 +348,24 @@ def test_the_newest_checkpoints_are_kept(run_train, keep, left):
     assert [train.step_of(p) for p in train.checkpoints("out")] == left
 
 
-def test_weight_decay_is_on_matrices_only_and_the_optimizer_has_every_parameter():
-    model = SmolLM2(SmolLM2Config(vocab_size=50, hidden_size=16, intermediate_size=32, num_hidden_layers=1,
-                                  num_attention_heads=2, num_key_value_heads=1))
-    groups = train.make_optimizers(model, TrainConfig(weight_decay=0.3))["optimizer"].param_groups
-    decay = {id(p): group["weight_decay"] for group in groups for p in group["params"]}
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_weight_decay_is_on_matrices_only_and_the_optimizer_has_every_parameter(optimizer):
+    model = SmolLM2(SmolLM2Config(**SMALL))
+    optimizers = train.make_optimizers(model, TrainConfig(optimizer=optimizer, weight_decay=0.3))
+    decay = {id(p): group["weight_decay"] for o in optimizers.values() for group in o.param_groups
+             for p in group["params"]}
     assert len(decay) == len(list(model.parameters()))
     assert all(decay[id(p)] == (0.3 if p.dim() == 2 else 0.0) for p in model.parameters())
-    assert all(group["betas"] == (0.9, 0.95) for group in groups)
+    assert all(group["betas"] == (0.9, 0.95) for group in optimizers["optimizer"].param_groups)
+    if optimizer == "muon":  # the layers' matrices, and never the embedding
+        in_muon = {id(p) for p in optimizers["muon"].param_groups[0]["params"]}
+        assert in_muon == {id(p) for p in model.model.layers.parameters() if p.dim() == 2}
 
 
 def test_gradients_are_clipped_to_the_norm_and_the_logged_norm_is_that_before():
     def step(clip):
         torch.manual_seed(0)
-        model = SmolLM2(SmolLM2Config(vocab_size=50, hidden_size=16, intermediate_size=32, num_hidden_layers=1,
-                                      num_attention_heads=2, num_key_value_heads=1))
-        config = TrainConfig(grad_clip=clip)
+        model, config = SmolLM2(SmolLM2Config(**SMALL)), TrainConfig(grad_clip=clip)
         run = Run(config, model, CPU)
         run.optimizers = {"sgd": torch.optim.SGD(model.parameters(), lr=1.0)}
         before = [p.detach().clone() for p in model.parameters()]
@@ -430,10 +418,13 @@ def test_a_run_can_start_from_weights_in_hugging_faces_format(run_train, tmp_pat
     from tools.export import save_pretrained
     model = SmolLM2(TrainConfig(**train.parse_args(TINY)[0]))
     save_pretrained(model, Path("hf"), torch.float32)
-    assert run_train("--max_steps=1", "--init_from=hf", "--learning_rate=1e-12", "--min_lr=0", "--weight_decay=0").code == 0
+    keys = ["--max_steps=1", "--learning_rate=1e-12", "--min_lr=0", "--weight_decay=0", "--init_from=hf"]
+    assert run_train(*keys).code == 0
     saved = read("out/step_000001.pt")["model"]
     assert all(torch.allclose(p, saved[name], atol=1e-9) for name, p in model.named_parameters())
-    refused(run_train("--init_from=" + str(tmp_path / "none" / "such"), "--out_dir=o2"), "init_from", code=1)
+    refused(run_train("--init_from=hf", "--hidden_size=64", "--out_dir=o2"), "hidden_size = 64", "init_from has 32")
+    refused(run_train(f"--init_from={tmp_path}/none/such", "--out_dir=o2"), "init_from", code=1)
+    assert not Path("o2").exists()
 
 
 # ----------------------------------------------------------------------------------------------------------- the data
@@ -449,30 +440,18 @@ def test_the_default_data_is_prepared_when_it_is_missing(monkeypatch):
     assert calls == [""]  # it is there now
 
 
-@pytest.mark.parametrize("damage, fragment", [
-    (lambda d: flip(d / "train.bin", 100), "train_sha256"), (lambda d: flip(d / "val.bin", -1), "val_sha256"),
-    (lambda d: truncate(d / "train.bin", -2), "train_tokens is 199, but meta.json says 200"),
-    (lambda d: (d / "val.bin").unlink(), "val.bin"),
-    (lambda d: edit(d / "meta.json", '"val_bytes": 100', '"val_bytes": 1'), "meta.json"),
-    (lambda d: (d / "meta.json").write_text("{}"), "damaged"),
-    (lambda d: (d / "meta.json").write_text("[]"), "damaged"),
-    (lambda d: (d / "meta.json").write_text("{"), "damaged"),
+@pytest.mark.parametrize("file, damage, fragment", [
+    ("train.bin", lambda p: flip(p, 100), "train_sha256"), ("val.bin", lambda p: flip(p, -1), "val_sha256"),
+    ("train.bin", lambda p: os.truncate(p, 398), "train_tokens is 199, but meta.json says 200"),
+    ("val.bin", Path.unlink, "val.bin"),
+    ("meta.json", lambda p: p.write_text(p.read_text().replace('"val_bytes": 100', '"val_bytes": 1')), "meta.json"),
+    *[("meta.json", lambda p, text=text: p.write_text(text), "damaged") for text in ("{}", "[]", "{")],
 ], ids=["train", "val", "short", "gone", "meta", "empty", "list", "torn"])
-def test_data_that_are_not_as_prepared_are_refused(damage, fragment):
+def test_data_that_are_not_as_prepared_are_refused(file, damage, fragment):
     folder = write_data("d", range(200))
     assert run_main(train.main, *TINY, "--data_dir=d", "--max_steps=1", "--out_dir=o1").code == 0
-    damage(folder)
+    damage(folder / file)
     refused(run_main(train.main, *TINY, "--data_dir=d", "--max_steps=1"), fragment, "prepare.py", code=1)
-
-
-def edit(path, old, new):
-    text = path.read_text()
-    assert old in text
-    path.write_text(text.replace(old, new))
-
-
-def truncate(path, change):
-    path.write_bytes(path.read_bytes()[:change])
 
 
 def test_data_that_do_not_fit_the_model_are_refused():
@@ -485,12 +464,8 @@ def test_data_that_do_not_fit_the_model_are_refused():
 
 
 def test_stand_in_data_are_announced_in_the_banner_and_beside_every_held_out_loss(data_dir):
-    import hashlib
-    folder = shutil.copytree(data_dir, "copy")
-    meta = json.loads(Path(folder, "meta.json").read_text()) | {"stand_in": "a text that stands in"}
-    del meta["sha256"]
-    meta["sha256"] = hashlib.sha256(json.dumps(meta, sort_keys=True).encode()).hexdigest()
-    Path(folder, "meta.json").write_text(json.dumps(meta))
+    meta = Path(shutil.copytree(data_dir, "copy"), "meta.json")
+    meta.write_text(seal(json.loads(meta.read_text()) | {"stand_in": "a text that stands in"}))
     result = run_main(train.main, *TINY, "--data_dir=copy", "--max_steps=2", "--eval_interval=1")
     lines = [line for line in result.out.splitlines() if "stand" in line.lower()]
     assert len(lines) == 3 and "python prepare.py" in lines[0]
