@@ -1,6 +1,6 @@
 """SmolLM2-135M in one file: the Llama architecture, its loss, generation with a key/value cache.
 
-    python model.py            # the module tree, the parameter table, FLOPs per token and per step
+    python model.py            # the module tree, the parameter table, FLOPs per token
 
 Modules, parameters and config fields carry Hugging Face's names: weights go in and out as they are.
 Sizes: Allal et al. 2025, "SmolLM2" (arXiv:2502.02737), and the published config.json.
@@ -11,6 +11,7 @@ import json
 import math
 import os
 from dataclasses import dataclass, field, fields
+from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -43,7 +44,7 @@ class SmolLM2Config:
         return self.hidden_size // self.num_attention_heads
 
 
-BLOCK = 64  # positions in a block of the key/value cache
+PAGE = 64  # positions in a page of the key/value cache
 
 
 def linear(x, weight):
@@ -144,13 +145,13 @@ def cpu_attention(q, k, v):
 def cached_attention(q, keys, values, position):
     """Attention of one token, q (B, H, 1, D), over a layer's cache up to `position`, a tensor (1,).
 
-    Compiled, each core takes blocks of the cache (see Decoder), and no key is read twice."""
+    Compiled, each core takes pages of the cache (see Decoder), and no key is read twice."""
     B, H, _, D = q.shape
     q = q.view(keys.size(1), -1, D).float()  # (B * H_kv, G, D), G query heads to a key head
     k, v, group = keys.float(), values.float(), range(q.size(1))
     scores = torch.stack([(q[:, g, :, None] * k).sum(2) for g in group], dim=2) * D**-0.5
-    positions = torch.arange(k.size(0) * BLOCK, device=q.device).view(-1, 1, 1, BLOCK)
-    scores = torch.where(positions <= position, scores, -1e30)  # (blocks, B * H_kv, G, BLOCK)
+    positions = torch.arange(k.size(0) * PAGE, device=q.device).view(-1, 1, 1, PAGE)
+    scores = torch.where(positions <= position, scores, -1e30)  # (pages, B * H_kv, G, PAGE)
     p = torch.exp(scores - scores.amax((0, 3), keepdim=True))
     y = torch.stack([(p[:, :, g, :, None] * v).sum(2) for g in group], dim=2)
     y = (y * (1.0 / p.sum((0, 3)))[..., None]).sum(0)  # (B * H_kv, G, D)
@@ -176,10 +177,10 @@ class Attention(nn.Module):
         q, k = apply_rotary(q, cos, sin), apply_rotary(k, cos, sin)
         if cache is not None:
             keys, values = cache
-            block, i = positions // BLOCK, positions % BLOCK
+            page, i = positions // PAGE, positions % PAGE
             # Index tensors around slices put their own dimension first: (T, B * H_kv, D)
-            keys[block, :, :, i] = k.flatten(0, 1).transpose(0, 1).to(keys.dtype)
-            values[block, :, i] = v.flatten(0, 1).transpose(0, 1).to(values.dtype)
+            keys[page, :, :, i] = k.flatten(0, 1).transpose(0, 1).to(keys.dtype)
+            values[page, :, i] = v.flatten(0, 1).transpose(0, 1).to(values.dtype)
         if cache is not None and T == 1:
             y = cached_attention(q, keys, values, positions).to(x.dtype)
         else:
@@ -214,7 +215,7 @@ class DecoderLayer(nn.Module):
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
-def softmax_minus_onehot(logits, targets):
+def cross_entropy_and_gradient(logits, targets):
     """The cross-entropies (N,), fp32; overwrites logits (N, V) by their gradients. 0 if ignored."""
     z = logits.float()
     logz = torch.logsumexp(z, dim=-1, keepdim=True)
@@ -274,7 +275,7 @@ class SmolLM2(nn.Module):
         self.model = SmolLM2Model(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.lm_head.weight = self.model.embed_tokens.weight  # tied: one matrix reads and predicts
-        self.loss_kernel = softmax_minus_onehot
+        self.loss_kernel = cross_entropy_and_gradient
         for p in self.parameters():
             if p.dim() == 2:
                 nn.init.normal_(p, std=config.initializer_range)
@@ -326,16 +327,15 @@ class SmolLM2(nn.Module):
             graphs = device == "cuda" and tokens is not None and tokens <= 8192
             mode = "reduce-overhead" if graphs else None
             self.run_layers = torch.compile(self.run_layers, mode=mode)
-        self.loss_kernel = torch.compile(softmax_minus_onehot)
+        self.loss_kernel = torch.compile(cross_entropy_and_gradient)
 
-    def flops_per_token(self, T, causal=False):
-        """Training FLOPs a token at length T: 6 N + 12 L H D T, as in PaLM (arXiv:2204.02311).
-
-        causal: 6 L H D T, since a causal mask leaves half of the attention."""
-        heads = self.config.num_hidden_layers * self.config.num_attention_heads
-        a_layer = 6 if causal else 12
+    def flops_per_token(self, T):
+        """Training FLOPs a token at length T: 6 N + 6 L H D T, as in PaLM (arXiv:2204.02311), but
+        for the half of the attention that a causal mask leaves out."""
+        config = self.config
         N = sum(p.numel() for p in self.parameters())
-        return 6 * N + a_layer * heads * self.config.head_dim * T
+        width = config.num_attention_heads * config.head_dim
+        return 6 * N + 6 * config.num_hidden_layers * width * T
 
 
 # A token takes 8 ms on a CPU, so small things count: sizes that cannot change are not checked, and
@@ -347,44 +347,48 @@ PROMPT_KERNELS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SD
 class Decoder:
     """The model with a key/value cache: reads a prompt, then one token of each text a step.
 
-    A layer's cache lies in blocks of positions, so that the part in use is read, in parallel:
-    keys (blocks, B * H_kv, D, BLOCK) and values (blocks, B * H_kv, BLOCK, D)."""
+    A layer's cache lies in pages of positions, so that the part in use is read, in parallel:
+    keys (pages, B * H_kv, D, PAGE) and values (pages, B * H_kv, PAGE, D)."""
 
     def __init__(self, model, B, size, compile, graph):
         """size: prompt and text, in tokens. compile, graph: two ways to make the steps faster."""
-        self.model, self.compile, self.graph = model, compile, graph
+        self.model, self.compile, self.graph, self.is_warm = model, compile, graph, False
         config, weight = model.config, model.lm_head.weight
         self.cos, self.sin = rotary_table(size, config, weight.device)
-        self.blocks = max(2, math.ceil(size / BLOCK))  # (compiled, a size of 1 would be a constant)
+        self.pages = max(2, math.ceil(size / PAGE))  # (compiled, a size of 1 would be a constant)
         heads, D = B * config.num_key_value_heads, config.head_dim
-        self.caches = [(weight.new_zeros(self.blocks, heads, D, BLOCK),
-                        weight.new_zeros(self.blocks, heads, BLOCK, D)) for _ in model.model.layers]
+        self.caches = [(weight.new_zeros(self.pages, heads, D, PAGE),
+                        weight.new_zeros(self.pages, heads, PAGE, D)) for _ in model.model.layers]
         self.layer, self.next_logits = DecoderLayer.forward, SmolLM2.next_logits
-        self.started = False
-
-    def forward(self, idx, positions):
-        """Logits (B, V) after the tokens idx (B, T) at positions (T,), which join the cache."""
-        x = self.model.embed(idx)
-        if self.started and self.compile and idx.numel() == 1:
-            x = x.float()  # a single row costs nothing
-        cos, sin = self.cos[positions], self.sin[positions]  # (T, D)
-        for layer, cache in zip(self.model.model.layers, self.open_caches):
-            x = self.layer(layer, x, cos, sin, cache, positions)
-        return self.next_logits(self.model, x)
+        if compile:
+            self.layer = torch.compile(self.layer, options=DECODE_OPTIONS)
+            self.next_logits = torch.compile(self.next_logits, options=DECODE_OPTIONS)
 
     def open(self, size):
-        """Lets attention read the caches' first `size` positions, in whole blocks."""
-        blocks = max(2, math.ceil(size / BLOCK))
+        """Lets attention read the caches' first `size` positions, in whole pages."""
+        pages = max(2, math.ceil(size / PAGE))
         if self.graph:
-            blocks = self.blocks  # a CUDA graph goes on reading what it read at its capture
-        self.open_caches = [(keys[:blocks], values[:blocks]) for keys, values in self.caches]
+            pages = self.pages  # a CUDA graph goes on reading what it read at its capture
+        self.open_caches = [(keys[:pages], values[:pages]) for keys, values in self.caches]
         if self.compile:
-            for keys, values in self.open_caches:  # compiled once, for any number of blocks
+            for keys, values in self.open_caches:  # compiled once, for any number of pages
                 torch._dynamo.mark_dynamic(keys, 0)
                 torch._dynamo.mark_dynamic(values, 0)
 
+    def forward(self, idx, positions):
+        """Logits (B, V) after the tokens idx (B, T) at positions (T,), which join the cache."""
+        layer, next_logits, x = self.layer, self.next_logits, self.model.embed(idx)
+        if idx.size(1) > 1:  # a prompt is not compiled: its length is new each time
+            layer, next_logits = DecoderLayer.forward, SmolLM2.next_logits
+        elif self.compile and idx.numel() == 1:
+            x = x.float()  # a single row costs nothing
+        cos, sin = self.cos[positions], self.sin[positions]  # (T, D)
+        for module, cache in zip(self.model.model.layers, self.open_caches):
+            x = layer(module, x, cos, sin, cache, positions)
+        return next_logits(self.model, x)
+
     def read_prompt(self, idx):
-        """The logits (B, V) after the prompt idx (B, T); not compiled, since its length is new."""
+        """The logits (B, V) after the prompt idx (B, T)."""
         self.open(idx.size(1) + 1)
         with sdpa_kernel(PROMPT_KERNELS):  # without cuDNN, which plans up to 1 s for each length
             return self.forward(idx, torch.arange(idx.size(1), device=idx.device))
@@ -392,40 +396,26 @@ class Decoder:
     def step(self, ids, n):
         """The logits (B, V) after the ids (B,) at position n."""
         idx, position = ids[:, None], ids.new_tensor([n])
-        if n % BLOCK == 0:
+        if n % PAGE == 0:
             self.open(n + 1)
-        if self.compile and self.started:
+        if self.compile and self.is_warm:
             # The first step has shown that what was compiled fits: it is not checked at each token.
             with torch.compiler.set_stance(skip_guard_eval_unsafe=True):
                 return self.forward(idx, position)
-        if not self.started:
-            self.start(idx, position)
-        return self.forward(idx, position)
-
-    def start(self, idx, position):
-        """Compiles the step; captures it as a CUDA graph: its 1,850 launches outlast their work."""
-        self.started = True
-        if self.compile:
-            self.layer = torch.compile(self.layer, options=DECODE_OPTIONS)
-            self.next_logits = torch.compile(self.next_logits, options=DECODE_OPTIONS)
-        if self.graph:
+        if self.graph and not self.is_warm:  # the 1,850 launches of a step outlast their work
             with torch.autocast("cuda", enabled=False):  # on in a training's samples: not captured
                 example = (idx.clone(), position.clone())
                 self.forward = torch.cuda.make_graphed_callables(self.forward, example)
+        self.is_warm = True
+        return self.forward(idx, position)
 
 
-def sample_token(logits, seen, temperature=1.0, top_k=0, top_p=1.0, repetition_penalty=1.0,
-                 generator=None):
+def sample_token(logits, temperature=1.0, top_k=0, top_p=1.0, generator=None):
     """Draws the next ids (B,) from logits (B, V). temperature 0 takes the likeliest.
 
-    seen: (B, T), the ids so far. top_k: among the k likeliest (0: all). top_p: among the likeliest
-    that together have this probability (Holtzman et al. 2020, arXiv:1904.09751).
-    repetition_penalty: Keskar et al. 2019 (arXiv:1909.05858), 1 for none."""
+    top_k: among the k likeliest (0: all). top_p: among the likeliest that together have this
+    probability (Holtzman et al. 2020, arXiv:1904.09751)."""
     logits = logits.float()
-    if repetition_penalty != 1.0:
-        past = logits.gather(1, seen)
-        past = torch.where(past > 0, past / repetition_penalty, past * repetition_penalty)
-        logits = logits.scatter(1, seen, past)
     if temperature == 0:
         return logits.argmax(-1)
     ids = None
@@ -456,12 +446,11 @@ def generate(model, idx, max_new_tokens, compile=False, **sampling):
                          f" model's {limit} positions: ask for fewer, or shorten the prompt")
     graph = idx.is_cuda and (compile or max_new_tokens >= 50)  # fewer do not win back the capture
     decoder = Decoder(model, B, size, compile, graph)
-    logits, seen = decoder.read_prompt(idx), idx
+    logits = decoder.read_prompt(idx)
     for n in range(T, size):  # the position of the new token
-        new = sample_token(logits, seen, **sampling)
+        new = sample_token(logits, **sampling)
         yield new
         if n + 1 < size:
-            seen = torch.cat((seen, new[:, None]), dim=1)
             logits = decoder.step(new, n)
 
 
@@ -470,26 +459,23 @@ def config_from_hf(hf):
 
     Raises ValueError, naming what this model does not have."""
     rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}  # transformers 5 has the first
-    defaults = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False,
-                "tie_word_embeddings": False, "partial_rotary_factor": 1.0,
-                "num_key_value_heads": hf.get("num_attention_heads"), "initializer_range": 0.02,
-                "max_position_embeddings": 2048, "rms_norm_eps": 1e-6,
-                "rope_theta": rope.get("rope_theta", 10_000.0)}
-    stated = {key: value for key, value in hf.items() if value is not None}
-    found = {**defaults, **stated, "rope_type": rope.get("rope_type", rope.get("type", "default"))}
-    required = {"model_type": "llama", "hidden_act": "silu", "attention_bias": False,
-                "mlp_bias": False, "tie_word_embeddings": True, "rope_type": "default",
-                "partial_rotary_factor": 1.0}
-    wrong = [f"{key} = {found.get(key)!r} (only {value!r})"
-             for key, value in required.items() if found.get(key) != value]
-    sizes = {f.name: found.get(f.name) for f in fields(SmolLM2Config)}
-    wrong += [f"{key} is missing" for key, value in sizes.items() if value is None]
-    if wrong:
-        raise ValueError("not supported in config.json: " + "; ".join(wrong))
-    config = SmolLM2Config(**sizes)
-    if found.get("head_dim", config.head_dim) != config.head_dim:
-        raise ValueError(f"head_dim = {found['head_dim']} (only hidden_size / num_attention_heads)")
-    return config
+    found = {"initializer_range": 0.02, "max_position_embeddings": 2048, "rms_norm_eps": 1e-6,
+             "num_key_value_heads": hf.get("num_attention_heads"), "hidden_act": "silu",
+             "rope_theta": rope.get("rope_theta", 10_000.0), "partial_rotary_factor": 1.0,
+             "rope_type": rope.get("rope_type", rope.get("type", "default"))}
+    found |= {name: value for name, value in hf.items() if value is not None}
+    required = {"model_type": "llama", "tie_word_embeddings": True, "hidden_act": "silu",
+                "rope_type": "default", "partial_rotary_factor": 1.0}
+    wrong = [f"{name} = {found.get(name)!r} (only {value!r})"
+             for name, value in required.items() if found.get(name) != value]
+    wrong += [f"{name} = True" for name in ("attention_bias", "mlp_bias") if found.get(name)]
+    wrong += [f"{f.name} is missing" for f in fields(SmolLM2Config) if found.get(f.name) is None]
+    if not wrong:
+        config = SmolLM2Config(**{f.name: found[f.name] for f in fields(SmolLM2Config)})
+        if found.get("head_dim", config.head_dim) == config.head_dim:
+            return config
+        wrong.append(f"head_dim = {found['head_dim']} (only hidden_size / num_attention_heads)")
+    raise ValueError("not supported in config.json: " + "; ".join(wrong))
 
 
 def from_pretrained(source):
@@ -556,6 +542,7 @@ def pick_device(device="auto", dtype="auto"):
     return picked, torch.float32, "no native bf16"
 
 
+@lru_cache
 def compiler_problem(device):
     """Why compiling a small function does not work on this device, in one line; None if it does."""
     try:
@@ -584,20 +571,16 @@ def keep_freed_memory():
 
 def main():
     model = SmolLM2(SmolLM2Config())
-    print(model)
+    print(f"{model}\n\n{'component':<14}{'parameters':>13}{'share':>9}")
     sizes = {}
     for name, p in model.named_parameters():
         component = "norms" if "norm" in name else name.split(".")[-2]
         sizes[component] = sizes.get(component, 0) + p.numel()
-    sizes["total"] = sum(sizes.values())
-    print(f"\n{'component':<14}{'parameters':>13}{'share':>9}")
-    for component, n in sizes.items():
-        print(f"{component:<14}{n:>13,}{n / sizes['total']:>9.2%}")
-    print("\nTraining FLOPs (see flops_per_token)\n     batch     a token      a step  causal step")
-    for B, T in [(4, 256), (8, 1024), (16, 2048)]:
-        full, causal = model.flops_per_token(T), model.flops_per_token(T, causal=True)
-        step, causal_step = full * B * T / 1e12, causal * B * T / 1e12
-        print(f"{B:>3} x {T:>4}{full / 1e9:>9.3f} GF{step:>9.3f} TF{causal_step:>9.3f} TF")
+    total = sum(sizes.values())
+    for component, n in {**sizes, "total": total}.items():
+        print(f"{component:<14}{n:>13,}{n / total:>9.2%}")
+    for T in (256, 1024, 8192):
+        print(f"training at length {T}: {model.flops_per_token(T) / 1e9:.3f} GFLOPs a token")
 
 
 if __name__ == "__main__":

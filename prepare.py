@@ -38,10 +38,7 @@ TOKENIZER_REVISION = "93efa2f097d58c2a74874c7e644dbc9b0cee75a2"
 SPECIAL_TOKENS = """<|endoftext|> <|im_start|> <|im_end|> <repo_name> <reponame> <file_sep>
     <filename> <gh_stars> <issue_start> <issue_comment> <issue_closed> <jupyter_start>
     <jupyter_text> <jupyter_code> <jupyter_output> <jupyter_script> <empty_output>""".split()
-WRITTEN = ("train.bin", "val.bin", "meta.json", "tokenizer")  # what is ours to replace
 CORPUS = (".jsonl", ".json", ".parquet", ".arrow")  # files of many documents
-PIECE = 2**12  # characters encoded as one string; longer ones are slower (the encoder's caches)
-BATCH = 2**10  # pieces handed to all cores at once
 
 
 # ---- the data format: train.bin and val.bin (raw uint16), meta.json and tokenizer/ ----
@@ -63,27 +60,24 @@ class Data:
 def open_data(folder):
     """Opens a prepared folder and checks that it is as it was written.
 
-    Raises FileNotFoundError where nothing is prepared, ValueError where something is damaged.
-    """
+    Raises FileNotFoundError where nothing is prepared, ValueError where something is damaged."""
     folder = Path(folder)
     if not (folder / "meta.json").is_file():
         raise FileNotFoundError(f"{folder} holds no prepared data")
     try:
         meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
-        if meta.get("sha256") != meta_digest(meta):
+        if meta["sha256"] != meta_digest(meta):
             raise ValueError("meta.json was changed")
-        for key in ("vocab_size", "train_tokens", "val_tokens", "val_bytes"):
-            if type(meta.get(key)) is not int:
-                raise ValueError(f"{key} in meta.json is no whole number")
-        facts, seen = describe(folder)
-        for key, value in facts.items():
-            if meta.get(key) != value:
-                raise ValueError(f"{key} is {value}, but meta.json says {meta.get(key)}")
-        if seen[meta["vocab_size"]:].any():
-            raise ValueError(f"it has ids that are not below vocab_size {meta['vocab_size']}")
-        return Data(read_ids(folder, "train"), read_ids(folder, "val"), meta, folder)
-    except (OSError, ValueError, AttributeError, RecursionError) as error:
+        for key, value in describe(folder).items():
+            if meta[key] != value:
+                raise ValueError(f"{key} is {value}, but meta.json says {meta[key]}")
+        data = Data(read_ids(folder, "train"), read_ids(folder, "val"), meta, folder)
+        largest = max(data.train.max(), data.val.max())
+        if largest >= meta["vocab_size"]:
+            raise ValueError(f"id {largest} is not below vocab_size {meta['vocab_size']}")
+    except Exception as error:  # whatever someone wrote into it
         raise ValueError(f"{folder} is damaged: {first_line(error)}") from None
+    return data
 
 
 def read_ids(folder, side):
@@ -91,24 +85,20 @@ def read_ids(folder, side):
 
 
 def describe(folder):
-    """What meta.json has to say of the files, and which ids they hold: (65536,) booleans."""
-    facts, seen = {}, np.zeros(2**16, dtype=bool)
+    """What meta.json has to say of the files beside it."""
+    facts = {}
     for side in ("train", "val"):
         ids = read_ids(folder, side)
         facts |= {f"{side}_tokens": len(ids), f"{side}_sha256": hashlib.sha256(ids).hexdigest()}
-        for start in range(0, len(ids), 2**22):  # numpy needs 8 bytes for each id it indexes by
-            seen[ids[start:start + 2**22]] = True
     tokenizer = folder / "tokenizer" / "tokenizer.json"
     if tokenizer.exists():
         facts["tokenizer_sha256"] = hashlib.sha256(tokenizer.read_bytes()).hexdigest()
-    return facts, seen
+    return facts
 
 
 def write_meta(folder, tokenizer, facts):
     """Writes and returns meta.json: the facts given, and what the folder's files are."""
-    found, seen = describe(folder)
-    meta = {**facts, **found, "tokens": found["train_tokens"] + found["val_tokens"],
-            "distinct_tokens": int(seen.sum()), "eos_token_id": tokenizer.eos_token_id,
+    meta = {**facts, **describe(folder), "eos_token_id": tokenizer.eos_token_id,
             "vocab_size": 1 + max(tokenizer.get_vocab().values())}
     meta["sha256"] = meta_digest(meta)
     (folder / "meta.json").write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
@@ -127,10 +117,10 @@ def load_tokenizer(folder):
         raise ValueError(f"{folder} has no tokenizer.json, the file of a fast tokenizer")
     try:  # AutoTokenizer goes by the class's name and so loses Digits (seen with transformers 5.23)
         tokenizer = PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
-        tokenizer.backend_tokenizer.no_truncation()
-        tokenizer.backend_tokenizer.no_padding()
     except Exception as error:
         raise ValueError(f"the tokenizer in {folder} does not load: {first_line(error)}") from None
+    tokenizer.backend_tokenizer.no_truncation()
+    tokenizer.backend_tokenizer.no_padding()
     if tokenizer.eos_token is None and SPECIAL_TOKENS[0] in tokenizer.get_vocab():
         tokenizer.eos_token = SPECIAL_TOKENS[0]
     return tokenizer
@@ -143,8 +133,7 @@ SIGNATURES = [  # how a file begins that is no UTF-8 text, what it is, and what 
     ((b"\xff\xfe", b"\xfe\xff"), "UTF-16: iconv -f UTF-16 -t UTF-8 {} > new.txt"),
     (b"\x1f\x8b", "gzip: gunzip < {} > new.txt"),
     (b"%PDF", "PDF: pdftotext {} new.txt"),
-    (b"PAR1", "Parquet: name it .parquet, for python -m tools.corpus"),
-    ((b"ARROW1", b"\xff" * 4), "Arrow: name it .arrow, for python -m tools.corpus"),
+    ((b"PAR1", b"ARROW1"), "Parquet or Arrow: name it so, for python -m tools.corpus"),
     (b"PK\3\4", "a zip archive (.docx and .epub are, too): save what is in it as UTF-8 text")]
 
 
@@ -247,30 +236,24 @@ def choose_tokenizer(wanted):
     except Exception as error:
         if not wanted:
             return stand_in_tokenizer(), "stand-in: byte-level BPE trained on pydoc_data.topics"
-        problem = f"no such folder, and the hub does not give it: {first_line(error)}"
-        raise ValueError(f"--tokenizer {wanted}: {problem}") from None
-
-
-def holds_real_data(out_dir):
-    """Whether a meta.json that can be read says so."""
-    with contextlib.suppress(OSError, ValueError, AttributeError):
-        return not json.loads(Path(out_dir, "meta.json").read_bytes()).get("stand_in")
+        raise ValueError(f"--tokenizer {wanted}: no such folder, and the hub does not give it: "
+                         f"{first_line(error)}") from None
 
 
 def prepare_tokenizer(args, source, folder):
     """Chooses the tokenizer and writes its files. Returns (tokenizer, facts for meta.json).
 
-    Raises ValueError where it cannot be used, or would bring a stand-in in place of real data.
-    """
+    Raises ValueError where it cannot be used, or would bring a stand-in in place of real data."""
     tokenizer, name = choose_tokenizer(args.tokenizer)
-    stand_ins = {"text": source, "tokenizer": name}
-    stand_ins = [key for key, value in stand_ins.items() if value.startswith("stand-in: ")]
+    names = {"text": source, "tokenizer": name}
+    stand_ins = [what for what in names if names[what].startswith("stand-in: ")]
     if max(tokenizer.get_vocab().values()) >= 2**16:
         raise ValueError(f"--tokenizer {name}: its {len(tokenizer):,} tokens do not fit uint16; "
                          "choose one of at most 65,536")
-    if stand_ins and holds_real_data(args.out_dir):
-        raise ValueError(f"--out_dir {args.out_dir}: its real data stay, since there is no real "
-                         f"{stand_ins[0]}; give one (--input, --tokenizer) or another folder")
+    if stand_ins and Path(args.out_dir, "meta.json").exists():
+        if not open_data(args.out_dir).meta["stand_in"]:
+            raise ValueError(f"--out_dir {args.out_dir}: its real data stay, since there is no real"
+                             f" {stand_ins[0]}; give one (--input, --tokenizer) or another folder")
     try:
         tokenizer.save_pretrained(folder / "tokenizer")
     except Exception as error:  # a full disk, in the words of a library
@@ -282,12 +265,12 @@ def prepare_tokenizer(args, source, folder):
 
 # ---- encoding ----
 
-# Where a byte-level pre-tokenizer (GPT-2's pattern, with or without Digits before it) always ends
-# one word and begins the next: before a space or line feed that follows no white space, and between
-# a letter or digit and a punctuation mark. Of its alternatives 's|'t|'re|'ve|'m|'ll|'d| ?\p{L}+|
-#  ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+ none runs on over such a place, and the only one that
-# looks ahead does so from inside white space.
-CUT = re.compile(r"(?<=\S)[ \n]|(?<=[A-Za-z0-9\u4e00-\u9fa5])[!-/:-@\[-`{-~\u3001\u3002\uff0c]")
+# GPT-2's pattern, with or without Digits before it, always ends a word before a space or line feed
+# that follows no white space: none of its alternatives 's|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+|
+#  ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+ runs on over such a place.
+CUT = re.compile(r"(?<=\S)[ \n]")
+PIECE = 2**12  # characters encoded as one string; longer ones are slower (the encoder's caches)
+BATCH = 2**10  # pieces handed to all cores at once
 
 
 def is_cuttable(backend):
@@ -301,10 +284,10 @@ def is_cuttable(backend):
     return plain and special and not spec["normalizer"]
 
 
-def cut(text):
-    """Yields the text in pieces of about PIECE characters, each after its place."""
+def cut(text, size):
+    """Yields the text in pieces of about `size` characters, each after its place."""
     start = 0
-    while match := CUT.search(text, start + PIECE):
+    while match := CUT.search(text, start + size):
         yield start, text[start:match.start()]
         start = match.start()
     yield start, text[start:]
@@ -313,47 +296,32 @@ def cut(text):
 def encode(texts, backend, bar=None):
     """Encodes texts on all cores; a tqdm bar counts characters.
 
-    Returns two lists, with an entry for each text: its ids (uint16), and the places of its
-    characters that are lost, since no token has them.
-    """
-    cuttable, pieces = is_cuttable(backend), []
-    for number, text in enumerate(texts):
-        parts = cut(text) if cuttable else [(0, text)]
-        pieces += [(number, start, piece) for start, piece in parts]
-    ids, lost = [[] for _ in texts], [[] for _ in texts]
+    Returns two lists, with an entry for each text: its ids (uint16), and the place of the first
+    character that is lost, since no token has it (None: all are there)."""
+    size = PIECE if is_cuttable(backend) else sys.maxsize
+    pieces = [(i, start, piece) for i, text in enumerate(texts) for start, piece in cut(text, size)]
+    ids, lost = [[] for _ in texts], [None for _ in texts]
     for first in range(0, len(pieces), BATCH):
         batch = pieces[first:first + BATCH]
         codes = backend.encode_batch_fast([piece for *_, piece in batch], add_special_tokens=False)
         decoded = backend.decode_batch([code.ids for code in codes], skip_special_tokens=False)
-        for (number, start, piece), code, back in zip(batch, codes, decoded):
-            ids[number].append(np.array(code.ids, dtype="<u2"))
-            if back != piece:
-                lost[number] += [start + place for place in lost_places(piece, back, backend)]
+        for (i, start, piece), code, back in zip(batch, codes, decoded):
+            ids[i].append(np.array(code.ids, dtype="<u2"))
+            if back != piece and lost[i] is None:
+                lost[i] = start + min(len(os.path.commonprefix([piece, back])), len(piece) - 1)
             if bar is not None:
                 bar.update(len(piece))
     return [np.concatenate(parts) for parts in ids], lost
 
 
-def lost_places(piece, back, backend):
-    """Where the piece has characters that are not in back, its decoded ids."""
-    lost = set()
-    for character in set(piece):  # in company: some tokenizers treat the ends of a text differently
-        ids = backend.encode(f"a{character}a", add_special_tokens=False).ids
-        if backend.decode(ids, skip_special_tokens=False) != f"a{character}a":
-            lost.add(character)
-    places = [i for i, character in enumerate(piece) if character in lost]
-    return places or [min(len(os.path.commonprefix([piece, back])), len(piece) - 1)]
-
-
-def check_lost(name, text, places, allowed):
-    """Raises ValueError where characters of a text are lost, unless that is allowed."""
-    if not places:
+def check_lost(name, text, place, allowed):
+    """Raises ValueError where a text's character at `place` is lost, unless that is allowed."""
+    if place is None:
         return
-    shown = "; ".join(f"U+{ord(text[i]):04X} at character {i:,}" for i in places[:5])
-    message = f"no token for characters of {name}, {len(places):,} in all: {shown}"
+    message = f"no token for U+{ord(text[place]):04X}, character {place:,} of {name}"
     if not allowed:
-        raise ValueError(f"{message}; remove them, or drop them with --allow_unrepresentable")
-    log(f"dropped: {message}")
+        raise ValueError(f"{message}; remove such characters, or --allow_unrepresentable")
+    log(f"dropped: {message}, and perhaps others")
 
 
 # ---- writing: a new folder, then two renames ----
@@ -362,13 +330,6 @@ def fsync(path):
     handle = os.open(path, os.O_RDONLY)
     os.fsync(handle)
     os.close(handle)
-
-
-def recover(out_dir, old):
-    """Ends a replacement that was cut off between its two renames, or after them."""
-    if old.exists() and not out_dir.exists():
-        os.rename(old, out_dir)
-    shutil.rmtree(old, ignore_errors=True)
 
 
 @contextlib.contextmanager
@@ -404,16 +365,21 @@ def replacing(out_dir):
         lock.release()
 
 
+def recover(out_dir, old):
+    """Ends a replacement that was cut off between its two renames, or after them."""
+    if old.exists() and not out_dir.exists():
+        os.rename(old, out_dir)
+    shutil.rmtree(old, ignore_errors=True)
+
+
 def check_is_ours(out_dir):
-    """Raises ValueError where out_dir is anything that prepare.py did not make."""
-    strange = []
-    if out_dir.exists():
-        strange = sorted(os.listdir(out_dir))
-    if "meta.json" in strange:
-        strange = [name for name in strange if name not in WRITTEN]
-    if strange:
-        raise ValueError(f"--out_dir {out_dir}: holds {', '.join(strange[:3])}, not made by "
-                         "prepare.py, and is left as it is; name another folder")
+    """Raises ValueError where out_dir holds anything that prepare.py did not make."""
+    names = set(os.listdir(out_dir)) if out_dir.exists() else set()
+    if "meta.json" in names:
+        names -= {"train.bin", "val.bin", "meta.json", "tokenizer"}
+    if names:
+        raise ValueError(f"--out_dir {out_dir}: holds {min(names)}, not made by prepare.py, and is "
+                         "left as it is; name another folder")
 
 
 # ---- the command line ----
@@ -446,30 +412,27 @@ def fail(program, message, code=1):
     raise SystemExit(code)
 
 
-def progress(total, unit):
-    """A bar for work that takes more than three seconds."""
-    return tqdm(total=total, unit=unit, unit_scale=True, leave=False, delay=3, mininterval=1)
-
-
 def first_line(error):
     """What an error says; libraries like to add paragraphs."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
-def stop(signum, frame):
-    log(f"stopped by {signal.Signals(signum).name}")
-    raise SystemExit(128 + signum)
+def progress(total, unit):
+    """A bar for work that takes more than three seconds."""
+    return tqdm(total=total, unit=unit, unit_scale=True, leave=False, delay=3, mininterval=1)
 
 
 @contextlib.contextmanager
 def command(program):
     """What ends the work within early becomes one line on standard error and an exit code."""
+    def stop(signum, frame):
+        fail(program, f"stopped by {signal.Signals(signum).name}", 128 + signum)
+
     sys.stdout, sys.stderr = Unbreakable(sys.stdout), Unbreakable(sys.stderr)
     signal.signal(signal.SIGTERM, stop)
+    signal.signal(signal.SIGINT, stop)
     try:
         yield
-    except KeyboardInterrupt:
-        fail(program, "stopped by Ctrl-C", 130)
     except (OSError, ValueError, MemoryError) as error:
         fail(program, first_line(error))
 
@@ -504,22 +467,20 @@ def typed_fraction(text):
     return float(text)
 
 
-def parse_args(argv):
+def parse_args(argv=None):
     """prepare.py's command line; more than one text is answered with the command for that."""
-    if argv is None:
-        argv = sys.argv[1:]
     parser = new_parser("prepare.py", __doc__, DEFAULT_OUT_DIR)
     parser.add_argument("--input", nargs="+", action="extend", type=typed_path, metavar="FILE",
                         help="one text in UTF-8 (default: Tiny Shakespeare, downloaded)")
-    for flag in ("--dataset", "--split", "--column", "--max_tokens"):
-        parser.add_argument(flag, help=argparse.SUPPRESS)
-    args = parser.parse_args(argv)
+    args, rest = parser.parse_known_args(argv)
     first, *more = args.input or [""]
     is_pattern = glob.has_magic(first) and not os.path.exists(first)
     is_corpus = more or is_pattern or os.path.isdir(first) or first.lower().endswith(CORPUS)
-    if is_corpus or args.dataset or args.split or args.column or args.max_tokens:
-        corpus = shlex.join(["python", "-m", "tools.corpus", *argv])
-        parser.error(f"this is more than one text; for many documents: {corpus}")
+    if is_corpus or "--dataset" in rest:
+        words = shlex.join(sys.argv[1:] if argv is None else argv)
+        parser.error(f"for many documents: python -m tools.corpus {words}")
+    if rest:
+        parser.error(f"unrecognized arguments: {shlex.join(rest)}")
     args.input = first
     return args
 
@@ -528,53 +489,42 @@ def parse_args(argv):
 
 def prepare(args):
     """Prepares one text as args say, and reports. Raises OSError, or ValueError in one line."""
-    began = time.monotonic()
     with replacing(args.out_dir) as folder:
         text, source = choose_text(args.input)
         tokenizer, facts = prepare_tokenizer(args, source, folder)
         end = int((1 - args.val_fraction) * len(text))  # by default nanoGPT's int(0.9 * len(text))
+        sides = [text[:end], text[end:]]
         with progress(len(text), " characters") as bar:
-            ids, lost = encode([text[:end], text[end:]], tokenizer.backend_tokenizer, bar)
-        lost = lost[0] + [end + place for place in lost[1]]
-        check_lost(source, text, lost, args.allow_unrepresentable)
-        if min(len(ids[0]), len(ids[1])) < 2:
-            raise ValueError(f"{source} is too short: {len(ids[0])} tokens to train and "
-                             f"{len(ids[1])} held out; give more, or another --val_fraction")
-        (folder / "train.bin").write_bytes(ids[0])
-        (folder / "val.bin").write_bytes(ids[1])
+            ids, lost = encode(sides, tokenizer.backend_tokenizer, bar)
+        for name, side, text_of_side, place in zip(("train", "val"), ids, sides, lost):
+            check_lost(f"{source} ({name} side)", text_of_side, place, args.allow_unrepresentable)
+            if len(side) < 2:
+                raise ValueError(f"{source} is too short: {len(side)} tokens on the {name} side; "
+                                 "give more, or another --val_fraction")
+            (folder / f"{name}.bin").write_bytes(side)
         meta = write_meta(folder, tokenizer, facts | {
             "documents": 1, "characters": len(text), "bytes": len(text.encode()),
-            "val_characters": len(text) - end, "val_bytes": len(text[end:].encode()),
-            "unrepresentable": len(lost), "split": "val is the end of the text"})
-    report(args.out_dir, meta, tokenizer, time.monotonic() - began)
+            "val_characters": len(sides[1]), "val_bytes": len(sides[1].encode())})
+    report(args.out_dir, meta)
 
 
-def report(out_dir, meta, tokenizer, seconds):
+def report(out_dir, meta):
     """Shows what was written and, where it is so, that it is only a stand-in."""
-    first = np.fromfile(Path(out_dir, "train.bin"), "<u2", count=1000)
-    text = tokenizer.backend_tokenizer.decode(first.tolist(), skip_special_tokens=False)[:300]
-    shown = [c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in text]
+    tokens = meta["train_tokens"] + meta["val_tokens"]
     print(f"""\
-text        {meta['source']}
-tokenizer   {meta['tokenizer']}
-characters  {meta['characters']:,} ({meta['bytes']:,} bytes; documents: {meta['documents']:,})
-tokens      {meta['tokens']:,}: {meta['characters'] / meta['tokens']:.2f} characters per token
-distinct    {meta['distinct_tokens']:,} of {meta['vocab_size']:,} tokens of the vocabulary
-train, val  {meta['train_tokens']:,} and {meta['val_tokens']:,} tokens ({meta['split']})
-written to  {out_dir} in {seconds:.1f} s; the first 300 characters:
-
-{"".join(shown)}
-""")
+text        {meta['source']}: {meta['characters']:,} characters, {meta['bytes']:,} bytes
+tokenizer   {meta['tokenizer']}: {meta['vocab_size']:,} tokens
+tokens      {tokens:,}, {meta['characters'] / tokens:.2f} characters each
+sides       {meta['train_tokens']:,} tokens to train, {meta['val_tokens']:,} held out
+written to  {out_dir}""")
     if meta["stand_in"]:
-        log(f"""\
-*** STAND-IN DATA: the {meta['stand_in']} could not be fetched. Good for a try, not for results.
-*** With a network, or --input FILE and --tokenizer FOLDER, prepare again: it replaces this.""")
+        log(f"*** STAND-IN DATA: the {meta['stand_in']} could not be fetched. Good for a try, not "
+            "for results.\n*** With a network, or --input FILE and --tokenizer FOLDER, prepare "
+            "again: it replaces this.")
 
 
 def print_next(out_dir):
-    option = ""
-    if out_dir != DEFAULT_OUT_DIR:
-        option = " " + shlex.quote(f"--data_dir={out_dir}")
+    option = "" if out_dir == DEFAULT_OUT_DIR else " " + shlex.quote(f"--data_dir={out_dir}")
     print(f"next: python train.py config/smollm2.py{option}")
 
 

@@ -13,14 +13,13 @@ import os
 import re
 import signal
 import sys
+from functools import partial
 from pathlib import Path
 
+import prepare
+
 HUB_NAME = r"\w[\w.-]*/\w[\w.-]*"
-
-
-def fail(message, code=1):
-    print("sample.py:", *str(message).split(), file=sys.stderr)  # in one line, whatever was typed
-    raise SystemExit(code)
+fail = partial(prepare.fail, "sample.py")
 
 
 def number(kind, low, high=float("inf")):
@@ -37,7 +36,7 @@ def number(kind, low, high=float("inf")):
 def parse_args(argv):
     parser = argparse.ArgumentParser(prog="sample.py", description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error = lambda message: fail(message, 2)
+    parser.error = partial(fail, code=2)
     add = parser.add_argument
     add("--prompt", default="\n", help="text to continue; - reads standard input [a line break]")
     add("--checkpoint", default="out", help="a file, an out_dir (its newest), best, OUT_DIR/best, "
@@ -47,8 +46,6 @@ def parse_args(argv):
     add("--top_k", type=number(int, 0, 2**31), default=50, help="of the k likeliest; 0: all [50]")
     add("--top_p", type=number(float, 0, 1), default=1.0,
         help="of the likeliest that together have this probability [1]")
-    add("--repetition_penalty", type=number(float, 1e-6, 1e6), default=1.0,
-        help="above 1: tokens that were there become less likely [1: off]")
     add("--seed", type=number(int, 0, 2**63 - 1), default=1337, help="of the choices [1337]")
     add("--max_new_tokens", type=number(int, 1, 2**31), default=200, help="at most [200]")
     add("--num_samples", type=number(int, 1, 4096), default=1, help="texts, made in one batch [1]")
@@ -57,6 +54,12 @@ def parse_args(argv):
     add("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"),
         help="[auto: bfloat16 where the machine has it]")
     args = parser.parse_args(argv)
+    try:
+        if args.prompt == "-":
+            args.prompt = sys.stdin.buffer.read().decode()
+        args.prompt.encode()
+    except UnicodeError:
+        fail("--prompt: not UTF-8 text", 2)
     if "" in args.stop:
         fail("--stop: an empty text would end at once", 2)
     return args
@@ -70,16 +73,15 @@ def load(checkpoint):
     import torch
 
     from model import SmolLM2, from_pretrained
-    from prepare import hub_folder, load_tokenizer
     from train import TrainConfig, load_checkpoint
 
     path = Path("out/best") if checkpoint == "best" else Path(checkpoint).expanduser()
     if (path / "config.json").is_file():
-        return from_pretrained(path), load_tokenizer(path), None
+        return from_pretrained(path), prepare.load_tokenizer(path), None
     is_path = path.parent.exists() or path.suffix == ".pt" or path.name == "best"
     if not is_path and re.fullmatch(HUB_NAME, checkpoint):
         model = from_pretrained(checkpoint)
-        return model, load_tokenizer(hub_folder(checkpoint, None)), None
+        return model, prepare.load_tokenizer(prepare.hub_folder(checkpoint, None)), None
     try:
         file, state = load_checkpoint(path, mmap=True)
     except FileNotFoundError as e:
@@ -89,7 +91,7 @@ def load(checkpoint):
     model.load_state_dict(state["model"], assign=True)
     model.lm_head.weight = model.model.embed_tokens.weight
     state["file"] = file
-    return model, load_tokenizer(tokenizer_folder(file, state)), state
+    return model, prepare.load_tokenizer(tokenizer_folder(file, state)), state
 
 
 def tokenizer_folder(file, state):
@@ -120,23 +122,17 @@ class Streamer:
         self.waiting += self.stream.step(self.backend, token) or ""
         found = [self.waiting.find(stop) for stop in self.stops if stop in self.waiting]
         if found:
-            self.ended = True
-            return self.take(min(found))
-        begun = 0
-        for stop in self.stops:
-            for n in range(1, len(stop)):
-                if self.waiting.endswith(stop[:n]):
-                    begun = max(begun, n)
-        return self.take(len(self.waiting) - begun)
-
-    def take(self, end):
+            self.waiting = self.waiting[:min(found)]
+            return self.finish()
+        begun = [n for stop in self.stops for n in range(1, len(stop))
+                 if self.waiting.endswith(stop[:n])]
+        end = len(self.waiting) - max(begun, default=0)
         text, self.waiting = self.waiting[:end], self.waiting[end:]
         return text
 
     def finish(self):
         """The rest, after the last token."""
-        text = "" if self.ended else self.waiting
-        self.ended, self.waiting = True, ""
+        text, self.waiting, self.ended = self.waiting, "", True
         return text
 
 
@@ -144,26 +140,25 @@ def write(streams, tokens, eos):
     """Yields (number of the text, piece of it) as the tokens of all texts, (B,) a step, come."""
     for step in tokens:
         for i, (stream, token) in enumerate(zip(streams, step.tolist())):
-            if not stream.ended and token != eos:
-                yield i, stream.push(token)
-            elif not stream.ended:
-                yield i, stream.finish()
+            if not stream.ended:
+                yield i, stream.finish() if token == eos else stream.push(token)
         if all(stream.ended for stream in streams):
             return
     for i, stream in enumerate(streams):
         yield i, stream.finish()
 
 
+def advice(state):
+    """A hint where the best held-out loss was before the checkpoint that is taken."""
+    best, folder = state["best"], state["file"].parent
+    if not best or best["step"] >= state["step"]:
+        return ""
+    return f" (the held-out loss was lowest at step {best['step']}: --checkpoint {folder}/best)"
+
+
 def main(argv=None):
     args = parse_args(argv)
     signal.signal(signal.SIGINT, lambda *_: os._exit(130))  # how one ends a text one has seen
-    try:
-        prompt = args.prompt
-        if prompt == "-":
-            prompt = sys.stdin.buffer.read().decode()
-        prompt.encode()
-    except UnicodeError:
-        fail("--prompt: not UTF-8 text", 2)
     import torch
 
     from model import generate, keep_freed_memory, pick_device, worth_compiling
@@ -180,8 +175,7 @@ def main(argv=None):
     if device.type == "cpu":
         keep_freed_memory()
     model = model.to(device, dtype).eval()
-    eos = tokenizer.eos_token_id
-    ids = tokenizer.encode(prompt, add_special_tokens=False) or [eos]
+    ids = tokenizer.encode(args.prompt, add_special_tokens=False) or [tokenizer.eos_token_id]
     n, limit = args.max_new_tokens, model.config.max_position_embeddings
     if len(ids) + n > limit:
         fail(f"a prompt of {len(ids)} tokens and {n} new ones do not fit into the model's {limit} "
@@ -189,15 +183,14 @@ def main(argv=None):
     idx = torch.tensor([ids] * args.num_samples, device=device)  # (num_samples, T)
     tokens = generate(model, idx, n, worth_compiling(device, n), temperature=args.temperature,
                       top_k=min(args.top_k, model.config.vocab_size), top_p=args.top_p,
-                      repetition_penalty=args.repetition_penalty,
                       generator=torch.Generator(device).manual_seed(args.seed))
     streams = [Streamer(tokenizer, ids, args.stop) for _ in range(args.num_samples)]
-    texts = [prompt] * args.num_samples
+    texts = [args.prompt] * args.num_samples
     sys.stdout.reconfigure(encoding="utf-8", errors="replace")
     is_live = args.num_samples == 1  # one text is printed as it comes, several when all are done
     if is_live:
-        print(prompt, end="", flush=True)
-    for i, piece in write(streams, tokens, eos):
+        print(args.prompt, end="", flush=True)
+    for i, piece in write(streams, tokens, tokenizer.eos_token_id):
         texts[i] += piece
         if is_live:
             print(piece, end="", flush=True)
@@ -206,14 +199,6 @@ def main(argv=None):
     else:
         for i, text in enumerate(texts, 1):
             print(f"--- {i}\n{text}")
-
-
-def advice(state):
-    """A hint where the best held-out loss was before the checkpoint that is taken."""
-    best, folder = state["best"], state["file"].parent
-    if not best or best["step"] >= state["step"]:
-        return ""
-    return f" (the held-out loss was lowest at step {best['step']}: --checkpoint {folder}/best)"
 
 
 if __name__ == "__main__":

@@ -21,7 +21,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import threading
 import time
 from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass, fields, replace
@@ -85,6 +84,12 @@ class TrainConfig(SmolLM2Config):
                      choices=("auto", "float32", "bfloat16", "float16"))
     compile: bool = key(True, "torch.compile, where it works", free=True)
     deterministic: bool = key(True, "the same bits in every run; costs speed on a GPU", free=True)
+@dataclass
+class Machine:
+    device: torch.device
+    dtype: torch.dtype
+    compile: bool
+    deterministic: bool = True
 
 
 KEYS = {f.name: f for f in fields(TrainConfig)}
@@ -107,18 +112,18 @@ def epoch_order(seed, epoch, n, T):
     return rng.integers(n - blocks * T) + T * rng.permutation(blocks)
 
 
-def get_batch(data, config, machine, run):
+def get_batch(run):
     """This process's part of the next batch: x, and y, the ids that follow, each (share, T).
 
     A function of the seed and of the sequences seen before, so that nothing can shift it."""
-    n, T = len(data.train), config.block_size
-    share = config.batch_size // machine.world_size
+    ids, T, machine = run.data.train, run.config.block_size, run.machine
+    share = run.config.batch_size // machine.world_size
     first = run.sequence + machine.rank * share
     rows = []
     for i in range(first, first + share):
-        epochs, block = divmod(i, blocks_per_epoch(n, T))  # a batch may reach into the next epoch
-        start = epoch_order(config.seed, run.epoch + epochs, n, T)[block]
-        rows.append(data.train[start:start + T + 1])
+        epochs, block = divmod(i, blocks_per_epoch(len(ids), T))  # it may reach into the next epoch
+        start = epoch_order(run.config.seed, run.epoch + epochs, len(ids), T)[block]
+        rows.append(ids[start:start + T + 1])
     rows = torch.from_numpy(np.stack(rows).astype(np.int64))  # (share, T + 1)
     if machine.device.type == "cuda":
         rows = rows.pin_memory()
@@ -175,31 +180,29 @@ def set_rates(optimizers, factor):
             group["lr"] = group["peak_lr"] * factor
 
 
-def train_step(net, run, batch, config, machine, stop):
+def train_step(run, batch, stop=None):
     """One optimizer step on this process's part of a batch.
 
     Returns the mean loss over all processes, nats a token, and the gradient's norm before
     clipping. Raises FloatingPointError before anything is changed if they are not finite."""
-    size = config.micro_batch_size or len(batch[0])
+    machine, size = run.machine, run.config.micro_batch_size or len(batch[0])
     parts = list(zip(batch[0].split(size), batch[1].split(size)))
     loss = torch.zeros((), device=machine.device)
     for i, (x, y) in enumerate(parts):
         waits = machine.world_size > 1 and i < len(parts) - 1  # gradients are averaged once a step
-        with net.no_sync() if waits else nullcontext():
+        with run.net.no_sync() if waits else nullcontext():
             with machine.autocast:
-                _, part = net(x, y)
+                _, part = run.net(x, y)
             run.scaler.scale(part / len(parts)).backward()
         loss += part.detach() / len(parts)
     for optimizer in run.optimizers.values():
         run.scaler.unscale_(optimizer)
-    norm = torch.nn.utils.clip_grad_norm_(run.parameters, config.grad_clip or math.inf)
+    norm = torch.nn.utils.clip_grad_norm_(run.parameters, run.config.grad_clip or math.inf)
     if machine.world_size > 1:
-        shared = torch.stack((loss / machine.world_size, torch.full_like(loss, stop.signum or 0)))
+        asked = torch.full_like(loss, stop.signum is not None)
+        shared = torch.stack((loss / machine.world_size, asked))
         dist.all_reduce(shared)
-        loss = shared[0]
-        if shared[1] > 0:  # all stop after the same step, or the others would wait for this one
-            stop.signum = stop.signum or signal.SIGTERM
-            stop.asked = True
+        loss, stop.asked = shared[0], shared[1].item() > 0  # all stop after the same step
     loss, norm = loss.item(), norm.item()
     # In fp16 a gradient that overflows is no failure: the step is skipped, the scale lowered.
     is_skipped = run.scaler.is_enabled() and not math.isfinite(norm)
@@ -214,42 +217,41 @@ def train_step(net, run, batch, config, machine, stop):
 
 
 @torch.no_grad()
-def evaluate(net, data, config, machine):
+def evaluate(run):
     """The mean loss, nats a token, of the held-out ids, each once, in fixed windows of T."""
-    n, T = min(len(data.val) - 1, config.eval_tokens), config.block_size
+    config, machine, ids = run.config, run.machine, run.data.val
+    n, T = min(len(ids) - 1, config.eval_tokens), config.block_size
     B = config.micro_batch_size or config.batch_size // machine.world_size
-    starts = range(0, n, T)
     total = torch.zeros((), dtype=torch.float64)
-    for i in range(machine.rank * B, len(starts), machine.world_size * B):
-        x = torch.zeros(B, T, dtype=torch.long)  # one shape for all:
-        y = torch.full((B, T), -100)  # what no id fills does not count
-        for row, start in enumerate(starts[i:i + B]):
-            ids = torch.from_numpy(data.val[start:min(start + T, n) + 1].astype(np.int64))
-            x[row, :len(ids) - 1] = ids[:-1]
-            y[row, :len(ids) - 1] = ids[1:]
+    for first in range(machine.rank * B * T, n, machine.world_size * B * T):
+        x = torch.zeros(B * T, dtype=torch.long)  # one shape for all:
+        y = torch.full((B * T,), -100)  # what no id fills does not count
+        window = torch.from_numpy(ids[first:min(first + B * T, n) + 1].astype(np.int64))
+        x[:len(window) - 1], y[:len(window) - 1] = window[:-1], window[1:]
         with machine.autocast:
-            _, loss = net(x.to(machine.device), y.to(machine.device))
-        total += loss.item() * (y >= 0).sum()
+            _, loss = run.net(x.view(B, T).to(machine.device), y.view(B, T).to(machine.device))
+        total += loss.item() * (len(window) - 1)
     if machine.world_size > 1:
         total = total.to(machine.device, torch.float32)
         dist.all_reduce(total)
     return total.item() / n
 
 
-def write_sample(run, data, config, machine):
+def write_sample(run):
     """Continues the first held-out tokens; writes the text to out_dir/samples and returns it."""
+    out, machine = Path(run.config.out_dir), run.machine
     try:
-        tokenizer = prepare.load_tokenizer(Path(config.out_dir, "tokenizer"))
+        tokenizer = prepare.load_tokenizer(out / "tokenizer")
     except ValueError as e:  # no reason to lose a run
         return f"none: {e}"
     generator = torch.Generator(machine.device)  # its own: training draws from the others
-    generator.manual_seed(config.seed + run.step)
-    prompt = torch.from_numpy(data.val[:16].astype(np.int64))[None].to(machine.device)  # (1, 16)
-    length = min(100, config.max_position_embeddings - prompt.size(1))
+    generator.manual_seed(run.config.seed + run.step)
+    prompt = torch.from_numpy(run.data.val[:16].astype(np.int64))[None].to(machine.device)  # (1, T)
+    length = min(100, run.config.max_position_embeddings - prompt.size(1))
     with machine.autocast:
         new = generate(run.model, prompt, length, temperature=0.8, top_k=50, generator=generator)
         text = tokenizer.decode(prompt[0].tolist() + [ids.item() for ids in new])
-    path = Path(config.out_dir, "samples", f"step_{run.step:06d}.txt")
+    path = out / "samples" / f"step_{run.step:06d}.txt"
     path.parent.mkdir(exist_ok=True)
     path.write_text(text, encoding="utf-8")
     return text
@@ -262,15 +264,15 @@ def is_due(step, interval):
     return interval > 0 and step % interval == 0
 
 
-def train(run, net, data, config, machine, log, stop):
+def train(run, log, stop):
     """From run.step to max_steps, or to the end of the step in which a stop is asked for."""
+    config = run.config
     while run.step < config.max_steps and not stop.asked:
         began = time.perf_counter()
         factor = lr_factor(config, run.step)
         set_rates(run.optimizers, factor)
-        batch = get_batch(data, config, machine, run)
-        loss, norm = train_step(net, run, batch, config, machine, stop)
-        run.advance(data)
+        loss, norm = train_step(run, get_batch(run), stop)
+        run.advance()
         seconds = time.perf_counter() - began
         run.seconds += seconds
         row = {"step": run.step, "loss": loss, "lr": factor * config.learning_rate,
@@ -280,33 +282,31 @@ def train(run, net, data, config, machine, log, stop):
 
         is_best = False
         if is_due(run.step, config.eval_interval):
-            row["val_loss"] = evaluate(net, data, config, machine)
+            row["val_loss"] = evaluate(run)
             is_best = run.best is None or row["val_loss"] < run.best["val_loss"]
             if is_best:
                 run.best = {"step": run.step, "val_loss": row["val_loss"]}
         if log:  # (of several processes only the first one has it)
             log.step(row, run)
             if is_due(run.step, config.sample_interval):
-                log.sample(write_sample(run, data, config, machine), run)
+                show(f"--- sample at step {run.step}\n{write_sample(run)}\n---")
 
         # A best step is saved between two checkpoints, too, unless there are to be none.
         is_best = is_best and config.checkpoint_interval > 0
         if is_best or is_due(run.step, config.checkpoint_interval):
-            save(run, data, config, machine, log)
+            save(run, log)
     if run.saved_step != run.step:
-        save(run, data, config, machine, log)
-    if log:
-        log.close()
+        save(run, log)
 
 
 class Run:
-    """All that a checkpoint holds and the next step depends on."""
+    """The config, data and machine of a run, and all that a checkpoint has to hold of it."""
 
     COUNTERS = ("step", "epoch", "sequence", "tokens", "seconds", "best")
 
-    def __init__(self, config, model, machine):
-        self.config = config
-        self.model = model.to(machine.device)
+    def __init__(self, config, model, data, machine):
+        self.config, self.data, self.machine = config, data, machine
+        self.model = self.net = model.to(machine.device)  # net: compiled, wrapped; never saved
         self.parameters = list(model.parameters())
         self.optimizers = make_optimizers(model, config)
         is_fp16 = machine.dtype == torch.float16
@@ -321,10 +321,11 @@ class Run:
         np.random.seed((config.seed + machine.rank) % 2**32)
         torch.manual_seed(config.seed + machine.rank)
 
-    def advance(self, data):
+    def advance(self):
         """Counts a step: the next batch begins where this one ended, whatever its size."""
         size, T = self.config.batch_size, self.config.block_size
-        epochs, self.sequence = divmod(self.sequence + size, blocks_per_epoch(len(data.train), T))
+        blocks = blocks_per_epoch(len(self.data.train), T)
+        epochs, self.sequence = divmod(self.sequence + size, blocks)
         self.epoch += epochs
         self.tokens += size * T
         self.step += 1
@@ -333,10 +334,12 @@ class Run:
         counters = {name: getattr(self, name) for name in self.COUNTERS}
         optimizers = {name: optimizer.state_dict() for name, optimizer in self.optimizers.items()}
         return {**counters, "model": self.model.state_dict(), **optimizers,
-                "scaler": self.scaler.state_dict(), "config": asdict(self.config)}
+                "scaler": self.scaler.state_dict(), "config": asdict(self.config),
+                "data": self.data.fingerprint(), "machine": self.machine.fingerprint()}
 
-    def load(self, state, data, machine):
+    def load(self, state):
         """Takes over a checkpoint's dict, but for what the config says of rates and decays."""
+        self.model.load_state_dict(state["model"])
         for name in self.COUNTERS:
             setattr(self, name, state[name])
         self.saved_step = self.step
@@ -344,9 +347,9 @@ class Run:
             groups = optimizer.state_dict()["param_groups"]
             optimizer.load_state_dict({**state[name], "param_groups": groups})
         self.scaler.load_state_dict(state["scaler"])
-        if len(state["rng"]) == machine.world_size:
-            set_rng_state(state["rng"][machine.rank])
-        is_other_text = state["data"]["train"] != data.fingerprint()["train"]
+        if len(state["rng"]) == self.machine.world_size:
+            set_rng_state(state["rng"][self.machine.rank])
+        is_other_text = state["data"]["train"] != self.data.fingerprint()["train"]
         if is_other_text or state["config"]["block_size"] != self.config.block_size:
             self.epoch += self.sequence > 0  # a place among other blocks: an epoch begins anew
             self.sequence = 0
@@ -362,118 +365,66 @@ def show(text, file=None):
 
 
 class Log:
-    """What is shown and kept of each step: a bar or lines, metrics.jsonl, TensorBoard's events.
+    """What is shown and kept of each step: a bar or lines, and metrics.jsonl, an object a step."""
 
-    metrics.jsonl has one JSON object a step, written whole and at once."""
-
-    TAGS = {"loss": "loss/training", "val_loss": "loss/held-out", "lr": "optimizer/lr",
-            "grad_norm": "optimizer/grad_norm", "tokens_per_sec": "speed/tokens_per_sec"}
-
-    def __init__(self, config, run, data):
-        self.config, self.meta, self.first_step = config, data.meta, run.step + 1
-        self.bar = tqdm(total=config.max_steps, initial=run.step, disable=not sys.stderr.isatty(),
-                        dynamic_ncols=True, bar_format="{percentage:3.0f}%|{bar}| "
+    def __init__(self, run):
+        self.first_step = run.step + 1
+        self.bar = tqdm(total=run.config.max_steps, initial=run.step, dynamic_ncols=True,
+                        disable=not sys.stderr.isatty(), bar_format="{percentage:3.0f}%|{bar}| "
                         "{n_fmt}/{total_fmt}, {remaining} left{postfix}")
-        out = Path(config.out_dir).resolve()
-        self.metrics = open_metrics(out / "metrics.jsonl", run.step)
-        self.events = None
-        with suppress(ImportError):  # TensorBoard is not installed
-            from torch.utils.tensorboard import SummaryWriter
-            # An error of its writing thread is raised again by our next call: one is enough.
-            threading.excepthook = lambda args: None
-            self.events = SummaryWriter(out / "tensorboard" / out.name, purge_step=run.step + 1)
-            self.events.add_custom_scalars({"loss": {"both": ["Multiline", ["loss/.*"]]}})
-            self.events.add_text("recipe", f"```\n{json.dumps(asdict(config), indent=1)}\n```")
+        self.metrics = open(Path(run.config.out_dir, "metrics.jsonl"), "a+b", buffering=0)
+        self.metrics.seek(0)  # what lies beyond run.step, or was torn by a kill, is cut off
+        lines = self.metrics.read().splitlines(keepends=True)[:run.step]
+        self.metrics.truncate(sum(len(line) for line in lines if line.endswith(b"\n")))
 
     def step(self, row, run):
         line = json.dumps(row).encode() + b"\n"
         if self.metrics.write(line) < len(line):  # the last bytes of a disk take a part of a line
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), self.metrics.name)
-        for name in self.TAGS.keys() & row.keys():
-            if self.events and row[name] is not None:
-                self.events.add_scalar(self.TAGS[name], row[name], run.step)
         if "val_loss" in row:
             self.held_out(row["val_loss"], run)
-        loss, speed = f"loss {row['loss']:.4f}", f"{row['tokens_per_sec']:,.0f} tok/s"
-        norm = math.inf if row["grad_norm"] is None else row["grad_norm"]
-        details = f"{loss} | lr {row['lr']:.2e} | norm {norm:.2f} | {speed}"
-        is_wide = shutil.get_terminal_size().columns >= 120
-        self.bar.set_postfix_str(details if is_wide else f"{loss}, {speed}", refresh=False)
+        speed = row["tokens_per_sec"]
+        text = f"loss {row['loss']:.4f}, {speed:,.0f} tok/s"
+        if shutil.get_terminal_size().columns >= 120:
+            text += f", lr {row['lr']:.2e}, norm {row['grad_norm'] or math.inf:.2f}"
+        self.bar.set_postfix_str(text, refresh=False)
         self.bar.update()
-        is_shown = run.step == self.first_step or is_due(run.step, self.config.log_interval)
+        is_shown = run.step == self.first_step or is_due(run.step, run.config.log_interval)
         if is_shown and self.bar.disable:
-            steps = self.config.max_steps - run.step
-            left = steps * self.config.batch_size * self.config.block_size / row["tokens_per_sec"]
-            show(f"step {run.step}/{self.config.max_steps} | {details} | "
-                 f"{clock(run.seconds)} trained, {clock(left)} left")
+            tokens_left = (run.config.max_steps - run.step) * row["tokens"] / run.step
+            left = tqdm.format_interval(tokens_left / speed)
+            show(f"step {run.step}/{run.config.max_steps}: {text}, {left} left")
 
     def held_out(self, loss, run):
-        bits = loss / math.log(2) * self.meta["val_tokens"] / max(1, self.meta["val_bytes"])
-        stand_in = self.meta.get("stand_in")
-        note = f" (on STAND-IN data: {stand_in})" if stand_in else ""
+        meta = run.data.meta
+        bits = loss / math.log(2) * meta["val_tokens"] / max(1, meta["val_bytes"])
+        note = " (on STAND-IN data)" if meta["stand_in"] else ""
         show(f"step {run.step}: held-out loss {loss:.4f}, {bits:.4f} bits per byte, perplexity "
              f"{math.exp(min(loss, 99)):.2f}; best {run.best['val_loss']:.4f} at step "
              f"{run.best['step']}{note}")
-
-    def sample(self, text, run):
-        show(f"--- sample at step {run.step}\n{text}\n---")
-        if self.events:
-            self.events.add_text("sample", f"```\n{text}\n```", run.step)
-
-    def flush(self):
-        """To the disk, before a checkpoint says that these steps are done."""
-        os.fsync(self.metrics.fileno())
-        if self.events:
-            self.events.flush()
-
-    def close(self):
-        self.bar.close()
-        if self.events:
-            self.events.close()
-
-
-def clock(seconds):
-    return tqdm.format_interval(round(seconds))
-
-
-def open_metrics(path, step):
-    """Opens metrics.jsonl for a run at `step`: cuts off what lies beyond, or was torn by a kill."""
-    file = open(path, "a+b", buffering=0)
-    file.seek(0)
-    lines = file.read().splitlines(keepends=True)[:step]
-    file.truncate(sum(len(line) for line in lines if line.endswith(b"\n")))
-    return file
 
 
 class Stop:
     """The first SIGINT, SIGTERM or SIGHUP asks for a stop after the step; a second Ctrl-C leaves.
 
-    asked: this process, or (agreed on in a step) all of several, will stop. Before training()
-    there is nothing to save, and one process leaves at once; several by the system's own handler,
-    since Python's would wait for the end of a connection."""
+    asked: this process, or (agreed on in a step) all of several, will stop."""
 
-    def __init__(self, alone):
-        self.alone, self.asked, self.signum, self.is_training = alone, False, None, False
-        self.signals = [signal.SIGINT, signal.SIGTERM]
-        if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
-            self.signals.append(signal.SIGHUP)  # (nohup has it ignored)
-        for signum in self.signals:
-            signal.signal(signum, self.handle if alone else signal.SIG_DFL)
+    def __init__(self):
+        self.asked, self.signum = False, None
+        self.alone = os.environ.get("WORLD_SIZE", "1") == "1"
 
-    def training(self):
-        self.is_training = True
-        for signum in self.signals:
-            signal.signal(signum, self.handle)
+    def listen(self):
+        for signum in (signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)):
+            if signal.getsignal(signum) != signal.SIG_IGN:  # (nohup has SIGHUP ignored)
+                signal.signal(signum, self.handle)
 
     def handle(self, signum, frame):
-        is_second = self.signum is not None
-        text = b"stopped before the first step"
-        if self.is_training:
-            text = b"finishing the step, then saving (Ctrl-C again leaves at once)"
-        with suppress(OSError):  # whoever read it may be gone
-            os.write(2, b"" if is_second else b"\ntrain.py: " + text + b"\n")
-        if not self.is_training or is_second and signum == signal.SIGINT and self.alone:
-            os._exit(128 + signum)  # (torchrun repeats a Ctrl-C by itself)
+        if self.signum and signum == signal.SIGINT and self.alone:  # torchrun repeats it by itself
+            os._exit(128 + signum)
+        if not self.signum:
+            text = b"\ntrain.py: finishing the step, then saving (Ctrl-C again leaves at once)\n"
+            with suppress(OSError):  # whoever read it may be gone
+                os.write(2, text)
         self.signum = self.signum or signum
         self.asked = self.asked or self.alone
 
@@ -484,6 +435,8 @@ class Stop:
 
 DIGEST_MARK = b"sha256:"
 TAIL = len(DIGEST_MARK) + 32
+CONTENT = {"step": int, "epoch": int, "sequence": int, "tokens": int, "seconds": float,
+           "val_loss": float, "train": str, "val": str, "tokenizer": str, "machine": dict}
 
 
 def write_checkpoint(path, state):
@@ -500,45 +453,38 @@ def write_checkpoint(path, state):
         f.flush()
         os.fsync(f.fileno())
     os.replace(temporary, path)
-    if os.name == "posix":  # the new name must reach the disk, too
-        folder = os.open(path.parent, os.O_RDONLY)
-        os.fsync(folder)
-        os.close(folder)
+    prepare.fsync(path.parent)  # the new name must reach the disk, too
 
 
 def read_checkpoint(path, **kwargs):
     """The dict of a checkpoint, on the CPU. Raises ValueError where it is damaged or is none.
 
     weights_only: a file from a stranger can hold tensors and plain values, and runs no code."""
-    is_whole = os.path.getsize(path) > TAIL
-    if is_whole:
-        raw = np.memmap(path, np.uint8, "r")
-        is_whole = raw[-TAIL:].tobytes() == DIGEST_MARK + hashlib.sha256(raw[:-TAIL]).digest()
-    if not is_whole:
+    with open(path, "rb") as f:
+        size = os.fstat(f.fileno()).st_size
+        raw = np.memmap(f, np.uint8, "r") if size > TAIL else np.zeros(TAIL, np.uint8)
+    if raw[-TAIL:].tobytes() != DIGEST_MARK + hashlib.sha256(raw[:-TAIL]).digest():
         raise ValueError(f"{path} is damaged (its sha256 does not fit)")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True, **kwargs)
         for name, value in state["config"].items():
-            if not isinstance(value, KEYS[name].type):
-                raise TypeError(f"{name} = {value!r}")
+            check_type(name, value, KEYS[name].type)
         with torch.device("meta"):
             model = SmolLM2(TrainConfig(**state["config"]))
         # Raises for other names or shapes. (Of a copy: torch leaves a note on what it assigns.)
         model.load_state_dict(dict(state["model"]), assign=True)
-        best = state["best"] or {"step": 0, "val_loss": 0.0}
-        counts = [state[name] for name in ("step", "epoch", "sequence", "tokens")]
-        is_plain = (all(isinstance(n, int) and n >= 0 for n in (*counts, best["step"]))
-                    and all(isinstance(x, float) for x in (state["seconds"], best["val_loss"]))
-                    and all(isinstance(state["data"][name], str)
-                            for name in ("train", "val", "tokenizer"))
-                    and isinstance(state["machine"], dict))
-        if not is_plain:
-            raise ValueError("its counters, machine or data are of another type")
+        plain = {**state, **state["data"], **(state["best"] or {"val_loss": 0.0})}
+        for name, kind in CONTENT.items():
+            check_type(name, plain[name], kind)
     except Exception as e:  # a stranger's file can be wrong in any way
-        reason = (str(e) or repr(e)).splitlines()[0]
         raise ValueError(f"{path} is refused: no checkpoint of this train.py, or one that could "
-                         f"run code: {reason}") from e
+                         f"run code: {prepare.first_line(e)}") from e
     return state
+
+
+def check_type(name, value, kind):
+    if type(value) is not kind or kind is int and value < 0:
+        raise TypeError(f"{name} = {value!r:.60}")
 
 
 def step_of(path):
@@ -570,8 +516,7 @@ def load_checkpoint(source, **kwargs):
         try:
             return path, read_checkpoint(path, **kwargs)
         except (ValueError, OSError) as e:
-            text = f"{e}, trying the one before" if path != paths[-1] else str(e)
-            show(text, file=sys.stderr)
+            show(f"{e}, trying the one before" if path != paths[-1] else str(e), file=sys.stderr)
     raise ValueError(f"no whole checkpoint in {source}")
 
 
@@ -591,20 +536,18 @@ def set_rng_state(state):
         torch.cuda.set_rng_state_all(state["cuda"])
 
 
-def save(run, data, config, machine, log):
+def save(run, log):
     """Writes a checkpoint, then deletes all but keep_checkpoints of the newest, and the best."""
     rng = [rng_state()]
-    if machine.world_size > 1:
-        rng = [None] * machine.world_size
+    if run.machine.world_size > 1:
+        rng = [None] * run.machine.world_size
         dist.all_gather_object(rng, rng_state())
-    if machine.rank == 0:
-        out = Path(config.out_dir)
-        log.flush()
-        state = {**run.state(), "rng": rng, "data": data.fingerprint(),
-                 "machine": machine.fingerprint()}
-        write_checkpoint(out / f"step_{run.step:06d}.pt", state)
+    if run.machine.rank == 0:
+        out = Path(run.config.out_dir)
+        os.fsync(log.metrics.fileno())  # before a checkpoint says that these steps are done
+        write_checkpoint(out / f"step_{run.step:06d}.pt", {**run.state(), "rng": rng})
         # (0 keeps all: [-0:] is the whole list)
-        kept = {step_of(path) for path in checkpoints(out)[-config.keep_checkpoints:]}
+        kept = {step_of(path) for path in checkpoints(out)[-run.config.keep_checkpoints:]}
         if run.best:
             kept.add(run.best["step"])
         for path in checkpoints(out):
@@ -628,42 +571,20 @@ class Machine:
 
     @property
     def autocast(self):
-        if self.dtype == torch.float32:
-            return nullcontext()
-        return torch.autocast(self.device.type, self.dtype)
+        is_half = self.dtype != torch.float32
+        return torch.autocast(self.device.type, self.dtype) if is_half else nullcontext()
 
     def fingerprint(self):
         """What the bits of a run depend on, beside its config and its data."""
         name, versions = torch.backends.cpu.get_cpu_capability(), {}
         if self.device.type == "cuda":
             name = torch.cuda.get_device_name(self.device)
-            driver = collect_env.get_nvidia_driver_version(collect_env.run)
-            versions = {"cuda": torch.version.cuda, "driver": driver,
-                        "triton": importlib.metadata.version("triton")}
+            versions = {"cuda": torch.version.cuda, "triton": importlib.metadata.version("triton"),
+                        "driver": collect_env.get_nvidia_driver_version(collect_env.run)}
         return {"torch": str(torch.__version__), **versions, "compile": self.compile,
                 "device": f"{self.device.type} ({name})", "dtype": str(self.dtype)[6:],
                 "deterministic": self.deterministic, "threads": torch.get_num_threads(),
                 "processes": self.world_size}
-
-
-def fresh_store(rank):
-    """A TCPStore of this attempt's own: torchrun's outlives a restart, with the dead's addresses.
-
-    Source: https://github.com/pytorch/pytorch/issues/135712"""
-    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    torchruns = dist.TCPStore(address, port)
-    if rank == 0:
-        store = dist.TCPStore(address, 0, is_master=True, wait_for_workers=False)
-        torchruns.set("port", str(store.port))
-        return store
-    while True:
-        try:
-            port = int(torchruns.get("port"))
-            store = dist.TCPStore(address, port, timeout=timedelta(seconds=2))
-            store.set_timeout(timedelta(minutes=30))  # the first process may be preparing data
-            return store
-        except dist.DistError:  # the port of the attempt before: process 0 has not set its own yet
-            time.sleep(0.1)
 
 
 def set_up_machine(config):
@@ -672,7 +593,7 @@ def set_up_machine(config):
     try:
         device, dtype, reason = pick_device(config.device, config.dtype)
     except ValueError as e:
-        usage_error(str(e))
+        fail(e, 2)
     on_gpu = device.type == "cuda"
     if on_gpu:
         torch.cuda.set_device(device)
@@ -680,10 +601,15 @@ def set_up_machine(config):
     if device.type == "cpu":
         keep_freed_memory()
     if world_size > 1:
-        is_torchrun = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-        store = fresh_store(rank) if is_torchrun else None
+        store, patience = None, timedelta(minutes=30)  # the first process may be preparing data
+        if "TORCHELASTIC_RESTART_COUNT" in os.environ:
+            # torchrun's store outlives a restart, with the addresses of the dead (pytorch #135712).
+            address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+            store = dist.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"],
+                                     dist.TCPStore(address, port, timeout=patience))
         dist.init_process_group("nccl" if on_gpu else "gloo", store=store, rank=rank,
-                                world_size=world_size, device_id=device if on_gpu else None)
+                                world_size=world_size, timeout=patience,
+                                device_id=device if on_gpu else None)
     if config.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
@@ -691,32 +617,36 @@ def set_up_machine(config):
         torch.utils.deterministic.fill_uninitialized_memory = False
     problem = compiler_problem(device) if config.compile else "as asked"
     compiled = f"not compiled ({problem})" if problem else "compiled"
-    because = f" ({reason})" if reason else ""
     return Machine(device, dtype, problem is None, config.deterministic,
-                   f"{str(dtype)[6:]}{because}, {compiled}", rank, world_size)
+                   f"{str(dtype)[6:]} ({reason}), {compiled}", rank, world_size)
 
 
 # --------------------------------------------------------------------------------- the command line
 
-
-def usage_error(message):
-    """Ends the program: what the user typed is wrong. (sys.exit(text), code 1, is for the rest.)"""
-    message = " ".join(message.split())  # in one line, whatever was typed
-    message = message.replace("expected one argument", "expected a value, as in --key=value")
-    print(f"train.py: {message}", file=sys.stderr)
-    raise SystemExit(2)
+fail = partial(prepare.fail, "train.py")  # code 1; 2 for what the user typed
 
 
 def read_value(f, text):
     """text in the type of the config's field f. Raises argparse.ArgumentTypeError."""
+    kind, choices, value = f.type, f.metadata.get("choices"), None
     with suppress(KeyError, ValueError, OverflowError):
-        if f.type is bool:
-            return {"true": True, "1": True, "false": False, "0": False}[text.lower()]
-        if f.type is not str:
-            return f.type(text)
-        if text.isprintable() and (text or f.metadata.get("zero")):
-            return os.path.expanduser(text)
-    raise argparse.ArgumentTypeError(f"{text!r}: expected {f.type.__name__}")
+        if kind is bool:
+            value = {"true": True, "1": True, "false": False, "0": False}[text.lower()]
+        elif kind is not str:
+            value = kind(text)
+        elif text.isprintable():
+            value = os.path.expanduser(text)
+    if value is None:
+        problem = f"expected {kind.__name__}"
+    elif choices and value not in choices:
+        problem = f"expected one of {', '.join(choices)}"
+    elif not value and kind is not bool and not f.metadata.get("zero"):
+        problem = "must not be empty" if kind is str else "must be more than 0"
+    elif kind in (int, float) and not 0 <= value < 2**48:  # (not true of nan, too)
+        problem = "must be 0 or more, and less than 2**48"
+    else:
+        return value
+    raise argparse.ArgumentTypeError(f"{text!r}: {problem}")
 
 
 def read_recipe(path):
@@ -725,91 +655,69 @@ def read_recipe(path):
         tree = ast.parse(Path(path).read_text(encoding="utf-8"))
     except OSError as e:
         hint = f"; did you mean --{path}?" if "=" in path else ""
-        usage_error(f"cannot read the recipe {path}: {e.strerror}{hint}")
+        fail(f"cannot read the recipe {path}: {e.strerror}{hint}", 2)
     except (SyntaxError, ValueError, RecursionError, MemoryError) as e:
-        usage_error(f"the recipe {path} is not Python: {e}")
+        fail(f"the recipe {path} is not Python: {e}", 2)
     words = []
     for node in tree.body:
-        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):  # a docstring
-            continue
-        is_plain = (isinstance(node, ast.Assign) and isinstance(node.value, ast.Constant)
-                    and len(node.targets) == 1 and isinstance(node.targets[0], ast.Name))
-        if not is_plain:
-            usage_error(f"{path}, line {node.lineno}: a recipe holds plain assignments only, "
-                        "like batch_size = 4")
-        name, value = node.targets[0].id, node.value.value
-        if name in KEYS and KEYS[name].type is str and not isinstance(value, str):
-            usage_error(f"{path}, line {node.lineno}: {name} = {value!r}: expected str")
-        words.append(f"--{name}={value}")
+        match node:
+            case ast.Assign([ast.Name(name)], ast.Constant(value)):
+                words.append(f"--{name}={value}")
+            case ast.Expr(ast.Constant()):  # a docstring
+                continue
+            case _:
+                fail(f"{path}, line {node.lineno}: a recipe holds plain assignments only, like "
+                     "batch_size = 4", 2)
     return words
 
 
 def parse_args(argv):
     """(overrides, args): the keys set by the recipe and, over it, by argv; the other flags."""
-    parser = argparse.ArgumentParser(prog="train.py", allow_abbrev=False, description=__doc__,
+    parser = argparse.ArgumentParser("train.py", allow_abbrev=False, description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error = usage_error
+    parser.error = partial(fail, code=2)
     parser.add_argument("recipe", nargs="?", help="a file of plain assignments to the keys below")
     parser.add_argument("--resume", nargs="?", const="", metavar="PATH", help="go on from the "
                         "newest checkpoint in out_dir or the folder PATH, or from the file PATH; "
                         "auto: if there is one")
-    parser.add_argument("--overwrite", action="store_true", help="delete the run in out_dir first")
     group = parser.add_argument_group("keys, here or in a recipe")
     for f in KEYS.values():
-        kind, text = f.type.__name__.upper(), f"{f.metadata['help']} [{f.default}]"
         group.add_argument(f"--{f.name}", type=partial(read_value, f), default=argparse.SUPPRESS,
-                           metavar=kind, help=text)
-    args = parse_known(parser, argv)
+                           metavar=f.type.__name__.upper(),
+                           help=f"{f.metadata['help']} [{f.default}]")
+    args, rest = parser.parse_known_args(argv)
     if args.recipe:
-        args = parse_known(parser, read_recipe(args.recipe) + argv)  # later words win
+        argv = read_recipe(args.recipe) + argv  # later words win
+        args, rest = parser.parse_known_args(argv)
+    if rest:
+        name = rest[0].lstrip("-").partition("=")[0]
+        near = difflib.get_close_matches(name, KEYS, 1, 0.5) or ["--help"]
+        fail(f"unknown key {name}; near it: {near[0]}", 2)
     if args.resume and args.resume.endswith(".py"):
-        usage_error(f"--resume {args.resume}: that is a recipe, not a checkpoint; write "
-                    f"train.py {args.resume} --resume")
-    if args.overwrite and args.resume is not None:
-        usage_error("--overwrite starts anew and --resume goes on: choose one")
+        fail(f"--resume {args.resume}: that is a recipe; write train.py {args.resume} --resume", 2)
     return {name: getattr(args, name) for name in KEYS if hasattr(args, name)}, args
 
 
-def parse_known(parser, words):
-    args, rest = parser.parse_known_args(words)
-    if rest and not rest[0].startswith("-"):
-        usage_error(f"{rest[0]!r} is one argument too many: one recipe, then --key=value")
-    if rest:
-        name = rest[0].lstrip("-").partition("=")[0]
-        near = difflib.get_close_matches(name, KEYS, 1, 0.5)
-        hint = f"did you mean {near[0]}?" if near else "--help lists the keys"
-        usage_error(f"unknown key {name}: {hint}")
-    return args
-
-
 def check(config, world_size):
-    """Ends the program with all that is wrong with the config's values, at once."""
-    wrong = []
-    for name, f in KEYS.items():
-        value, facts = getattr(config, name), f.metadata
-        if facts.get("choices") and value not in facts["choices"]:
-            wrong.append(f"{name} = {value!r}: one of {', '.join(facts['choices'])}")
-        elif not value and not facts.get("zero") and f.type is not bool:
-            wrong.append(f"{name} = {value!r}: must be more than {f.type()!r}")
-        elif f.type in (int, float) and not 0 <= value < 2**48:
-            wrong.append(f"{name} = {value}: must be 0 or more, and less than 2**48")
-    if wrong:
-        usage_error("; ".join(wrong))
+    """Ends the program with all values that do not fit each other, at once."""
     c, share = config, config.batch_size // world_size
-    multiples = [("hidden_size", c.hidden_size, "num_attention_heads", c.num_attention_heads),
-                 ("num_attention_heads", c.num_attention_heads,
-                  "num_key_value_heads", c.num_key_value_heads),
-                 ("batch_size", c.batch_size, "processes", world_size),
-                 ("sequences of a process", share, "micro_batch_size", c.micro_batch_size or 1)]
-    limits = [("block_size", c.block_size, "max_position_embeddings", c.max_position_embeddings),
-              ("min_lr", c.min_lr, "learning_rate", c.learning_rate),
-              ("beta1", c.beta1, "its limit", 0.9999), ("beta2", c.beta2, "its limit", 0.9999)]
-    wrong += [f"{a} = {x}: not a multiple of {b} = {y}" for a, x, b, y in multiples if x % y]
-    wrong += [f"{a} = {x}: more than {b} = {y}" for a, x, b, y in limits if x > y]
-    if c.hidden_size // c.num_attention_heads % 2:
-        wrong.append("hidden_size / num_attention_heads: must be even, for the rotary pairs")
+    rules = {
+        f"hidden_size = {c.hidden_size}: not a multiple of 2 * num_attention_heads = "
+        f"{2 * c.num_attention_heads}": c.hidden_size % (2 * c.num_attention_heads),
+        f"num_attention_heads = {c.num_attention_heads}: not a multiple of num_key_value_heads = "
+        f"{c.num_key_value_heads}": c.num_attention_heads % c.num_key_value_heads,
+        f"block_size = {c.block_size}: more than max_position_embeddings = "
+        f"{c.max_position_embeddings}": c.block_size > c.max_position_embeddings,
+        f"batch_size = {c.batch_size}: not a multiple of {world_size} processes":
+            c.batch_size % world_size,
+        f"micro_batch_size = {c.micro_batch_size}: does not divide the {share} sequences of a "
+        "process": c.micro_batch_size and share % c.micro_batch_size,
+        f"min_lr = {c.min_lr}: more than learning_rate = {c.learning_rate}":
+            c.min_lr > c.learning_rate,
+        f"beta1 = {c.beta1}, beta2 = {c.beta2}: must be less than 1": max(c.beta1, c.beta2) >= 1}
+    wrong = [text for text, is_broken in rules.items() if is_broken]
     if wrong:
-        usage_error("; ".join(wrong))
+        fail("; ".join(wrong), 2)
 
 
 # ------------------------------------------------------------------------------------ start and end
@@ -818,167 +726,110 @@ def check(config, world_size):
 def find_run(overrides, args):
     """(out, source): the folder of the run, and what to resume from (None: nothing)."""
     out = Path(overrides.get("out_dir", TrainConfig.out_dir))
-    if args.resume in (None, "", "auto"):
-        source = None if args.resume is None else out
-    else:
+    source = out if args.resume in ("", "auto") else None
+    if args.resume and args.resume != "auto":
         source = Path(args.resume).expanduser()
         folder = source if source.is_dir() else source.parent
         if not source.exists():
-            usage_error(f"--resume={source}: there is no such file or folder")
+            fail(f"--resume={source}: there is no such file or folder", 2)
         if "out_dir" in overrides and folder.resolve() != out.resolve():
-            usage_error(f"--resume={source} goes on in {folder}, not in out_dir = {out}: give one")
+            fail(f"--resume={source} goes on in {folder}, not in out_dir = {out}: give one", 2)
         out = folder
-    ours = ("metrics.jsonl", "samples", "tokenizer", "tensorboard", "superseded")
+    ours = ("metrics.jsonl", "samples", "tokenizer", "superseded")
     foreign = [name for name in ours if (out / name).exists()]
-    if foreign and not is_run(out):
-        usage_error(f"out_dir = {out} holds files of something else ({foreign[0]}): choose another")
+    if foreign and not (out / "run.json").exists() and not checkpoints(out):
+        fail(f"out_dir = {out} holds files of something else ({foreign[0]}): choose another", 2)
+    if checkpoints(out) and source is None:
+        fail(f"{out} holds a run: go on with --resume, choose another --out_dir, or delete it: "
+             f"rm -r {shlex.quote(str(out))}", 2)
+    if args.resume == "auto" and not checkpoints(out):
+        source = None
     return out, source
 
 
-def is_run(folder):
-    return (folder / "run.json").exists() or bool(checkpoints(folder))
-
-
-def load_run(out, source, overrides, args):
+def load_run(out, source, overrides):
     """(config, state): state is the checkpoint's dict, or None where a run is to start."""
-    config = TrainConfig(**overrides)
-    if source is None and checkpoints(out) and not args.overwrite:
-        usage_error(f"{out} holds a run: go on with --resume, or choose another --out_dir, or "
-                    "delete it with --overwrite")
-    if source is None or (args.resume == "auto" and not checkpoints(out)):
-        return config, None
+    if source is None:
+        return TrainConfig(**overrides), None
     try:
         path, state = load_checkpoint(source)
     except FileNotFoundError as e:
-        usage_error(f"--resume: {e}; python train.py config/smollm2.py starts a run")
+        fail(f"--resume: {e}; python train.py config/smollm2.py starts a run", 2)
     except ValueError as e:
-        sys.exit(f"train.py: {e}: start anew with --overwrite")
+        fail(f"{e}: start anew in another --out_dir")
     old = TrainConfig(**state["config"])
     config = replace(old, **{**overrides, "out_dir": str(out)})
     for name in (*SIZES, "optimizer"):
-        is_now, was = getattr(config, name), getattr(old, name)
-        if is_now != was:
-            sys.exit(f"train.py: {path} holds a run with {name} = {was}, not {is_now}: leave it "
-                     "out, or start a run in another --out_dir")
-    show(f"going on from {path} (step {state['step']})")
+        value, was = getattr(config, name), getattr(old, name)
+        if value != was:
+            fail(f"{path} holds a run with {name} = {was}, not {value}: leave it out, or start a "
+                 "run in another --out_dir")
+    show(f"resuming from {path} (step {state['step']})")
     return config, state
 
 
 def open_data(config, overrides, state, machine):
     """Opens data_dir; makes the default one where it is missing. Ends the program if unfit."""
     folder = Path(config.data_dir)
-    is_default = folder == Path(prepare.DEFAULT_OUT_DIR)
+    is_missing = not (folder / "meta.json").exists()
     try:
-        if machine.rank == 0 and is_default and not (folder / "meta.json").exists():
+        if is_missing and machine.rank == 0 and folder == Path(prepare.DEFAULT_OUT_DIR):
             show(f"{folder} is missing: preparing it")
             prepare.prepare(prepare.parse_args([]))
         if machine.world_size > 1:
             dist.barrier()
         data = prepare.open_data(folder)
     except FileNotFoundError:
-        usage_error(f"data_dir = {config.data_dir!r} holds no prepared data: python prepare.py "
-                    f"--input FILE --out_dir {shlex.quote(config.data_dir)} makes them of a text, "
-                    "python -m tools.corpus of many (a recipe's first lines may say how)")
+        fail(f"data_dir = {config.data_dir!r} holds no prepared data: python prepare.py --input "
+             f"FILE --out_dir {shlex.quote(config.data_dir)} makes them of a text, python -m "
+             "tools.corpus of many (a recipe's first lines may say how)", 2)
     except ValueError as e:
-        sys.exit(f"train.py: {e}; make the data again with prepare.py")
+        fail(f"{e}; make the data again with prepare.py")
     largest, n, T = data.meta["vocab_size"] - 1, len(data.train), config.block_size
     if largest >= config.vocab_size:
-        sys.exit(f"train.py: {folder} has ids up to {largest}, but vocab_size = "
-                 f"{config.vocab_size}: raise it, or prepare with another tokenizer")
+        fail(f"{folder} has ids up to {largest}, but vocab_size = {config.vocab_size}: raise it, "
+             "or prepare with another tokenizer")
     if n <= T or len(data.val) < 2:
-        sys.exit(f"train.py: {folder} has {n} training tokens, but block_size = {T} needs {T + 1}: "
-                 "lower it, or prepare more text")
+        fail(f"{folder} has {n} training tokens, but block_size = {T} needs {T + 1}: lower it, or "
+             "prepare more text")
     new = data.fingerprint()
     old = state["data"] if state else new
     if old["tokenizer"] != new["tokenizer"]:
-        sys.exit(f"train.py: {folder} has another tokenizer than this run, and its ids mean other "
-                 "texts: restore the data, or start a new run in another --out_dir")
+        fail(f"{folder} has another tokenizer than this run, and its ids mean other texts: restore "
+             "the data, or start a new run in another --out_dir")
     if old != new and "data_dir" not in overrides:
-        sys.exit(f"train.py: {folder} is not the data that this run was trained on: restore it, or "
-                 f"name it with --data_dir={shlex.quote(config.data_dir)} to go on all the same")
+        fail(f"{folder} is not the data that this run was trained on: restore it, or name it with "
+             f"--data_dir={shlex.quote(config.data_dir)} to go on all the same")
     return data
 
 
-def name_changes(state, config, data, machine):
+def name_changes(state, run):
     """Says what is no longer as the checkpoint had it, so that the bits cannot be the same."""
     bending = [name for name, f in KEYS.items() if not f.metadata.get("free")]
     then = TrainConfig(**state["config"])  # (a key that is new since has its default)
-    old = {name: getattr(then, name) for name in bending} | state["machine"]
-    now = {name: getattr(config, name) for name in bending} | machine.fingerprint()
-    old["data"], now["data"] = state["data"]["train"], data.fingerprint()["train"]
+    old = {name: getattr(then, name) for name in bending}
+    now = {name: getattr(run.config, name) for name in bending}
+    old |= {**state["machine"], "data": state["data"]["train"]}
+    now |= {**run.machine.fingerprint(), "data": run.data.fingerprint()["train"]}
     changes = [f"{name} {old.get(name)} → {value}" for name, value in now.items()
                if old.get(name) != value]
     if changes:
         show(f"no longer the same run to the bit, since these differ: {', '.join(sorted(changes))}")
 
 
-def set_up_folder(out, config, run, data, args):
-    """Readies out_dir for a run at run.step: recipe, tokenizer; later checkpoints are set aside."""
-    count = 2
-    if config.checkpoint_interval and config.keep_checkpoints:
-        count += config.keep_checkpoints
-    need = count * 12 * sum(p.numel() for p in run.parameters) / 1e9
-    free = shutil.disk_usage(out).free + sum(path.stat().st_size for path in checkpoints(out))
-    if free / 1e9 < need:
-        sys.exit(f"train.py: up to {count} checkpoints at a time need {need:.1f} GB, but {out} has "
-                 f"room for {free / 1e9:.1f}: free some, lower keep_checkpoints, or use another "
-                 "--out_dir")
-    leftovers = list(out.glob("step_*.tmp"))  # of a killed save
-    if args.overwrite:
-        leftovers += [*checkpoints(out), *out.glob("samples/step_*.txt")]
-        shutil.rmtree(out / "tensorboard", ignore_errors=True)
-    for path in leftovers:
-        path.unlink()
-    for path in checkpoints(out):
-        if step_of(path) > run.step:
-            (out / "superseded").mkdir(exist_ok=True)
-            os.replace(path, out / "superseded" / path.name)
-    if (data.folder / "tokenizer").is_dir() and not run.saved_step:
-        shutil.copytree(data.folder / "tokenizer", out / "tokenizer", dirs_exist_ok=True)
-    facts = {"command": shlex.join(sys.argv), "config": asdict(config), "git": git_commit(),
-             "torch": str(torch.__version__), "python": sys.version.split()[0]}
-    (out / "run.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
-
-
-def git_commit():
-    with suppress(OSError):  # no git here
-        command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
-        return subprocess.run(command, capture_output=True, text=True).stdout.strip()
-
-
-def show_banner(config, run, data, machine):
-    B, T, meta = config.batch_size, config.block_size, data.meta
-    n = sum(p.numel() for p in run.parameters)
-    epochs = config.max_steps * B / blocks_per_epoch(len(data.train), T)
-    flops = config.max_steps * B * T * run.model.flops_per_token(T, causal=True)
-    show(f"device   {machine.device}, threads {torch.get_num_threads()}, "
-         f"processes {machine.world_size}, {machine.reason}\n"
-         f"data     {data.folder}: {meta['source']}; {len(data.train):,} training and "
-         f"{len(data.val):,} held-out tokens\n"
-         f"model    {n:,} parameters\n"
-         f"run      steps {run.step} to {config.max_steps}, {B} x {T} = {B * T:,} tokens a step, "
-         f"{epochs:.1f} epochs, {flops:.2e} FLOPs\n"
-         f"writes   {config.out_dir}/: checkpoints of {12 * n / 1e9:.2f} GB, metrics, samples")
-    if meta.get("stand_in"):
-        show(f"*** STAND-IN DATA ({meta['stand_in']}): fine for a try, not for results. "
-             "python prepare.py makes the real. ***")
-    if machine.compile:
-        show("compiling: the first step and the first evaluation take longer")
-
-
-def set_up(out, source, overrides, args):
-    """(config, run, net, data, machine): all that the loop needs, as the checkpoint left it."""
-    config, state = load_run(out, source, overrides, args)
+def set_up(out, source, overrides):
+    """The Run that the loop needs, as the checkpoint left it."""
+    config, state = load_run(out, source, overrides)
     model = None
     if config.init_from and not state:
         try:
             model = from_pretrained(config.init_from)
         except ValueError as e:
-            sys.exit(f"train.py: init_from: {e}")
+            fail(f"init_from: {e}")
         sizes = {name: getattr(model.config, name) for name in SIZES}
         for name in SIZES:
             if overrides.get(name, sizes[name]) != sizes[name]:
-                usage_error(f"{name} = {overrides[name]}: init_from has {sizes[name]}")
+                fail(f"{name} = {overrides[name]}: init_from has {sizes[name]}", 2)
         config = replace(config, **sizes)
     config = replace(config, lr_decay_steps=config.lr_decay_steps or config.max_steps)
     check(config, int(os.environ.get("WORLD_SIZE", "1")))
@@ -989,46 +840,82 @@ def set_up(out, source, overrides, args):
     machine = set_up_machine(config)
     data = open_data(config, overrides, state, machine)
     torch.manual_seed(config.seed)
-    run = Run(config, model or SmolLM2(config), machine)
+    run = Run(config, model or SmolLM2(config), data, machine)
     if state:
-        name_changes(state, config, data, machine)
+        name_changes(state, run)
         try:
-            run.model.load_state_dict(state["model"])
-            run.load(state, data, machine)
-        except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as e:
-            sys.exit(f"train.py: the checkpoint does not hold a run: {e!r}")
+            run.load(state)
+        except Exception as e:  # a stranger's file can be wrong in any way
+            fail(f"the checkpoint does not hold a run: {e!r}")
     if machine.world_size > 1:
         mine = (run.step, data.fingerprint(), {**asdict(config), "out_dir": "", "data_dir": ""})
         starts = [None] * machine.world_size
         dist.all_gather_object(starts, mine)
-        for rank, start in enumerate(starts):
-            if start != starts[0]:
-                sys.exit(f"train.py: process 0 is at step {starts[0][0]}, process {rank} at step "
-                         f"{start[0]}, or data or settings differ: every machine needs the same "
-                         "command, data_dir and (to resume) out_dir")
+        if starts != [mine] * machine.world_size:
+            fail(f"the processes are at steps {[step for step, *_ in starts]}, or their data or "
+                 "settings differ: every machine needs the same command, data_dir and (to resume) "
+                 "out_dir")
     if machine.compile:
         is_one_pass = machine.world_size == 1 and config.micro_batch_size in (0, config.batch_size)
         tokens = config.batch_size * config.block_size if is_one_pass else None
         run.model.compile_for_training(tokens)
-    net = run.model
     if machine.world_size > 1:
-        net = DistributedDataParallel(run.model, gradient_as_bucket_view=True)
-    return config, run, net, data, machine
+        run.net = DistributedDataParallel(run.model, gradient_as_bucket_view=True)
+    return run
+
+
+def set_up_folder(out, run):
+    """Readies out_dir for a run at run.step: recipe, tokenizer; later checkpoints are set aside."""
+    config, tokenizer = run.config, run.data.folder / "tokenizer"
+    count = 2  # the best, and the one that is being written
+    if config.checkpoint_interval and config.keep_checkpoints:
+        count += config.keep_checkpoints
+    need = count * checkpoint_size(run)
+    free = shutil.disk_usage(out).free + sum(path.stat().st_size for path in checkpoints(out))
+    if free < need:
+        fail(f"up to {count} checkpoints at a time need {need / 1e9:.1f} GB, but {out} has room for"
+             f" {free / 1e9:.1f}: free some, lower keep_checkpoints, or use another --out_dir")
+    for path in out.glob("step_*.tmp"):  # of a killed save
+        path.unlink()
+    for path in checkpoints(out):
+        if step_of(path) > run.step:
+            (out / "superseded").mkdir(exist_ok=True)
+            os.replace(path, out / "superseded" / path.name)
+    if tokenizer.is_dir() and not run.saved_step:
+        shutil.copytree(tokenizer, out / "tokenizer", dirs_exist_ok=True)
+    commit = None
+    with suppress(OSError):  # no git here
+        command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+        commit = subprocess.run(command, capture_output=True, text=True).stdout.strip()
+    facts = {"command": shlex.join(sys.argv), "config": asdict(config), "git": commit,
+             "torch": str(torch.__version__), "python": sys.version.split()[0]}
+    (out / "run.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+
+
+def checkpoint_size(run):
+    return 12 * sum(p.numel() for p in run.parameters)  # bytes: weight and two means, in fp32
+
+
+def show_banner(run):
+    config, machine, data, meta = run.config, run.machine, run.data, run.data.meta
+    B, T = config.batch_size, config.block_size
+    epochs = config.max_steps * B / blocks_per_epoch(len(data.train), T)
+    stand_in = f"STAND-IN ({meta['stand_in']}): " if meta["stand_in"] else ""
+    show(f"""\
+device   {machine.device}, threads {torch.get_num_threads()}, processes {machine.world_size}, \
+{machine.reason}
+data     {data.folder}: {stand_in}{meta['source']}; {len(data.train):,} training and \
+{len(data.val):,} held-out tokens
+model    {sum(p.numel() for p in run.parameters):,} parameters
+run      steps {run.step} to {config.max_steps}, {B} x {T} = {B * T:,} tokens a step, \
+{epochs:.1f} epochs
+writes   {config.out_dir}/: checkpoints of {checkpoint_size(run) / 1e9:.2f} GB, metrics, samples""")
+    if machine.compile:
+        show("compiling: the first step and the first evaluation take longer")
 
 
 def resume_command(out):
     return "python train.py --resume" + ("" if out == Path("out") else f"={shlex.quote(str(out))}")
-
-
-def lock(out):
-    """Keeps a second process out of out_dir until this one ends, however it ends."""
-    held = filelock.FileLock(out / ".lock")
-    try:
-        held.acquire(timeout=0)
-    except filelock.Timeout:
-        sys.exit(f"train.py: another process is training in {out}: wait for it, or choose another "
-                 "--out_dir")
-    return held
 
 
 def main(argv=None):
@@ -1038,51 +925,54 @@ def main(argv=None):
     os.close(spare)
     # Nothing that is printed can end a run: a closed pipe or a full disk loses lines, not steps.
     sys.stdout, sys.stderr = prepare.Unbreakable(sys.stdout), prepare.Unbreakable(sys.stderr)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until there is something to save
     overrides, args = parse_args(sys.argv[1:] if argv is None else list(argv))
-    is_first, alone = os.environ.get("RANK", "0") == "0", os.environ.get("WORLD_SIZE", "1") == "1"
-    stop, held, run = Stop(alone), None, None
+    is_first = os.environ.get("RANK", "0") == "0"
+    stop, log, run = Stop(), None, None
     out, source = find_run(overrides, args)
     again = resume_command(out)
+    lock = filelock.FileLock(out / ".lock", timeout=0)  # until this process ends, however it ends
     try:
-        if is_first and is_run(out):
-            held = lock(out)
-        config, run, net, data, machine = set_up(out, source, overrides, args)
-        log = None
+        if is_first and out.exists():
+            lock.acquire()
+        run = set_up(out, source, overrides)
         if is_first:
             out.mkdir(parents=True, exist_ok=True)
-            held = held or lock(out)
-            set_up_folder(out, config, run, data, args)
-            show_banner(config, run, data, machine)
-            log = Log(config, run, data)
-        stop.training()
-        train(run, net, data, config, machine, log, stop)
+            lock.acquire()
+            set_up_folder(out, run)
+            show_banner(run)
+            log = Log(run)
+        stop.listen()
+        train(run, log, stop)
+    except filelock.Timeout:
+        fail(f"another process is training in {out}: wait for it, or choose another --out_dir")
     except FloatingPointError as e:
         newest = (checkpoints(out) or ["none"])[-1]
-        sys.exit(f"train.py: in step {run.step + 1} {e}: stopped before the weights were changed. "
-                 f"Last good checkpoint: {newest}. Try a lower --learning_rate")
+        fail(f"in step {run.step + 1} {e}: stopped before the weights were changed. Last good "
+             f"checkpoint: {newest}. Try a lower --learning_rate")
     except OSError as e:
         where = f": {e.filename}" if e.filename else ""
         what_next = f". The checkpoints in {out} are whole: {again} goes on from the newest"
-        sys.exit(f"train.py: {e.strerror or e}{where}{what_next if checkpoints(out) else ''}")
+        fail(f"{e.strerror or e}{where}{what_next if checkpoints(out) else ''}")
     except (MemoryError, RuntimeError) as e:
         if stop.signum:  # Ctrl-C reaches the C++ compiler, too, and torchrun ends other processes
-            print(f"train.py: stopped within a step; {again} goes on from the checkpoint before",
-                  file=sys.stderr)
-            raise SystemExit(128 + stop.signum) from None
+            fail(f"stopped within a step; {again} goes on from the checkpoint before",
+                 128 + stop.signum)
         if not isinstance(e, (MemoryError, torch.OutOfMemoryError)) and "allocate" not in str(e):
             raise
-        sys.exit("train.py: out of memory: lower --micro_batch_size or --block_size")
+        fail("out of memory: lower --micro_batch_size or --block_size")
     finally:
-        if held:
-            held.release()
-    if not alone:
+        lock.release(force=True)
+        if log:
+            log.bar.close()
+    if run.machine.world_size > 1:
         # gloo's threads outlive the group; one at work aborts an ending process (pytorch #190489)
         dist.barrier()
         dist.destroy_process_group()
     written = f"{out / f'step_{run.step:06d}.pt'} is written"
-    if stop.signum:
+    if stop.asked:
         show(f"stopped at step {run.step}; {written}. Go on with: {again}")
-        raise SystemExit(128 + stop.signum)
+        raise SystemExit(128 + (stop.signum or signal.SIGTERM))
     option = "" if out == Path("out") else f" --checkpoint {shlex.quote(str(out))}"
     show(f"done: {run.step} steps; {written}. Next: python sample.py --prompt \"ROMEO:\"{option}")
     if run.best and run.best["step"] < run.step:

@@ -51,12 +51,12 @@ def train_ours(args):
     config = train.TrainConfig(batch_size=B, block_size=T, deterministic=args.deterministic,
                                lr_decay_steps=5000)
     machine = train.set_up_machine(config)
-    run = train.Run(config, SmolLM2(config), machine)
+    run = train.Run(config, SmolLM2(config), None, machine)
     run.model.compile_for_training(B * T)
 
     def step():
         batch = torch.randint(0, config.vocab_size, (2, B, T), device=machine.device)
-        train.train_step(run.model, run, batch, config, machine, None)
+        train.train_step(run, batch)
     return step
 
 
@@ -212,7 +212,7 @@ def encode_text(args):
     os.environ["TOKENIZERS_PARALLELISM"] = str(not args.one_core).lower()
     backend = prepare.load_tokenizer(Path(args.data_dir, "tokenizer")).backend_tokenizer
     text = backend.decode(np.fromfile(Path(args.data_dir, "train.bin"), dtype="<u2").tolist())
-    pieces = [piece for _, piece in prepare.cut(text * (1 + 50_000_000 // len(text)))]
+    pieces = [piece for _, piece in prepare.cut(text * (1 + 50_000_000 // len(text)), prepare.PIECE)]
 
     def step():
         for i in range(0, len(pieces), prepare.BATCH):
@@ -338,7 +338,7 @@ def bench_train(args, report):
         for c in contestants:
             seconds = c.get("seconds")
             s, ratios = statistics.median(seconds), [p / q for p, q in zip(seconds, ours)]
-            flops = B * T * model.flops_per_token(T, causal=True) / s
+            flops = B * T * model.flops_per_token(T) / s
             memory = max(c.get("memory"))
             report.setdefault("train", {})[f"{shape} {c.label}"] = {
                 "seconds": seconds, "tokens_per_sec": B * T / s, "ratios": ratios,

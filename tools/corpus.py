@@ -14,7 +14,6 @@ import glob
 import gzip
 import hashlib
 import os
-import time
 import zlib
 from collections import Counter
 from pathlib import Path
@@ -165,7 +164,7 @@ def write_documents(documents, folder, tokenizer, args):
                 side = "val" if is_held_out(text, args.val_fraction) else "train"
                 files[side].write(np.concatenate([ids, end]).tobytes())
                 counts[side].update(documents=1, tokens=len(ids) + 1, characters=len(text),
-                                    bytes=len(text.encode()), unrepresentable=len(lost))
+                                    bytes=len(text.encode()))
                 done += len(ids) + 1
                 bar.update(len(ids) + 1)
     return counts
@@ -231,7 +230,6 @@ def open_documents(args):
 
 def prepare_corpus(args):
     """Prepares the documents as args say, and reports. Raises OSError, ValueError."""
-    began = time.monotonic()
     with prepare.replacing(args.out_dir) as folder:
         documents, source = open_documents(args)
         tokenizer, facts = prepare.prepare_tokenizer(args, source, folder)
@@ -241,12 +239,11 @@ def prepare_corpus(args):
         counts = write_documents(documents, folder, tokenizer, args)
         check_sides(counts, args)
         total = counts["train"] + counts["val"]
-        for key in ("documents", "characters", "bytes", "unrepresentable"):
+        for key in ("documents", "characters", "bytes"):
             facts[key] = total[key]
         meta = prepare.write_meta(folder, tokenizer, facts | {
-            "val_characters": counts["val"]["characters"], "val_bytes": counts["val"]["bytes"],
-            "split": "val is whole documents, chosen by the sha256 of the first MiB of each"})
-    prepare.report(args.out_dir, meta, tokenizer, time.monotonic() - began)
+            "val_characters": counts["val"]["characters"], "val_bytes": counts["val"]["bytes"]})
+    prepare.report(args.out_dir, meta)
 
 
 def main(argv=None):

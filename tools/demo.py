@@ -33,8 +33,7 @@ BEGINNINGS = ["ROMEO:", "First Citizen:\n", "To be, or not to be", "Once upon a 
 SLIDERS = {"Length": (1, 2000, 200, 1, "New tokens, at most"),  # lowest, highest, default, step
            "Temperature": (0, 2, 0.8, 0.05, "Below 1 likelier, above 1 wilder; 0: the likeliest"),
            "Top-k": (0, 500, 50, 1, "Among the k likeliest tokens; 0: all"),
-           "Top-p": (0, 1, 1, 0.01, "Among the likeliest that together have this probability"),
-           "Repetition penalty": (0.5, 2, 1, 0.01, "Above 1: what was there becomes less likely")}
+           "Top-p": (0, 1, 1, 0.01, "Among the likeliest that together have this probability")}
 LIMITS = {"Seed": (0, 2**53), **SLIDERS}
 ONE_STEP = threading.Lock()  # two at once would take as long, and compile the same thing twice
 RUNNING = {}  # session: what it shows now; Stop takes it out, a later click replaces it
@@ -81,7 +80,7 @@ def load(name, changed):
     return model.to(device, dtype).eval(), tokenizer, device
 
 
-def write(name, prompt, seed, length, temperature, top_k, top_p, repetition_penalty, stops):
+def write(name, prompt, seed, length, temperature, top_k, top_p, stops):
     """Yields (text after the prompt, tokens, seconds they took) as they come; as sample.py's."""
     import torch
 
@@ -93,8 +92,7 @@ def write(name, prompt, seed, length, temperature, top_k, top_p, repetition_pena
     ids = tokenizer.encode(prompt, add_special_tokens=False) or [tokenizer.eos_token_id]
     tokens = generate(model, torch.tensor([ids], device=device), length, compiled,
                       temperature=temperature, top_k=min(top_k, model.config.vocab_size),
-                      top_p=top_p, repetition_penalty=repetition_penalty,
-                      generator=torch.Generator(device).manual_seed(seed))
+                      top_p=top_p, generator=torch.Generator(device).manual_seed(seed))
     stream, text, seconds = Streamer(tokenizer, ids, stops), "", 0.0
     for n in range(1, length + 1):
         with ONE_STEP:
@@ -117,9 +115,9 @@ def start(asked, names, prompt, stop_texts, *numbers):
     for value, (label, (low, high, *_)) in zip(numbers, LIMITS.items()):
         if not isinstance(value, (int, float)) or not low <= value <= high:
             raise ValueError(f"{label}: must be from {low} to {high:,}")
-    seed, length, temperature, top_k, top_p, penalty = numbers
+    seed, length, temperature, top_k, top_p = numbers
     stops = [stop.replace("\\n", "\n") for stop in stop_texts.splitlines() if stop]
-    return [write(name, prompt, int(seed), int(length), temperature, int(top_k), top_p, penalty,
+    return [write(name, prompt, int(seed), int(length), temperature, int(top_k), top_p,
                   stops) for name in names]
 
 
@@ -181,9 +179,9 @@ def page(asked):
 
     def generate(checkpoint: str, prompt: str, seed: int = 1337, length: int = 200,
                  temperature: float = 0.8, top_k: int = 50, top_p: float = 1.0,
-                 repetition_penalty: float = 1.0, stop: str = "") -> str:
+                 stop: str = "") -> str:
         """The text after the prompt. checkpoint: as on the page; stop: texts, one a line."""
-        values = (seed, length, temperature, top_k, top_p, repetition_penalty)
+        values = (seed, length, temperature, top_k, top_p)
         try:
             return list(start(asked, [checkpoint], prompt or "\n", stop, *values)[0])[-1][0]
         except ValueError as e:
@@ -254,8 +252,6 @@ def main(argv=None):
     if not found(args.checkpoint):
         fail("there is no checkpoint here: name one with --checkpoint, or make one with python "
              "train.py config/smollm2.py")
-    import model
-    model.compiler_problem = lru_cache(model.compiler_problem)  # each call forgets what is compiled
     theme = gr.themes.Soft(font="system-ui", font_mono="ui-monospace")  # none from the web
     try:
         blocks = page(args.checkpoint).queue()

@@ -1,0 +1,71 @@
+"""Writes a run's metrics, samples and recipe as TensorBoard's events.
+
+    python -m tools.tensorboard out/             # all that is there by now, in out/tensorboard/
+    python -m tools.tensorboard out/ --follow    # and what comes, until Ctrl-C
+    tensorboard --logdir out/tensorboard
+"""
+import argparse
+import json
+import signal
+import sys
+import time
+from functools import partial
+from pathlib import Path
+
+import prepare
+from tools.plot import read_metrics
+
+fail = partial(prepare.fail, "tools.tensorboard")
+TAGS = {"loss": "loss/training", "val_loss": "loss/held-out", "lr": "optimizer/lr",
+        "grad_norm": "optimizer/grad_norm", "tokens_per_sec": "speed/tokens_per_sec"}
+
+
+def new_writer(out):
+    """A writer whose events take the place of those that were written before."""
+    from torch.utils.tensorboard import SummaryWriter
+    events = SummaryWriter(out / "tensorboard" / out.name, purge_step=0)
+    events.add_custom_scalars({"loss": {"both": ["Multiline", ["loss/.*"]]}})
+    recipe = json.loads((out / "run.json").read_text(encoding="utf-8"))["config"]
+    events.add_text("recipe", f"```\n{json.dumps(recipe, indent=1)}\n```")
+    return events
+
+
+def write_events(events, out, last_step):
+    """Writes what came after last_step, and returns the step that is the last now."""
+    rows = [row for row in read_metrics(out) if row["step"] > last_step]
+    for row in rows:
+        for name in TAGS.keys() & row.keys():
+            if row[name] is not None:
+                events.add_scalar(TAGS[name], row[name], row["step"])
+        sample = out / "samples" / f"step_{row['step']:06d}.txt"
+        if sample.exists():
+            events.add_text("sample", f"```\n{sample.read_text(encoding='utf-8')}\n```", row["step"])
+    events.flush()
+    return rows[-1]["step"] if rows else last_step
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser("tools.tensorboard", description=__doc__, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error = partial(fail, code=2)
+    parser.add_argument("run", type=Path, help="an out_dir of train.py")
+    parser.add_argument("--follow", action="store_true", help="look for more every five seconds")
+    args = parser.parse_args(argv)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # all that was written is on the disk
+    out = args.run.expanduser().resolve()
+    try:
+        events, step = new_writer(out), 0
+        step = write_events(events, out, step)
+        print(f"step {step}; tensorboard --logdir {out / 'tensorboard'} shows it", file=sys.stderr)
+        while args.follow:
+            time.sleep(5)
+            step = write_events(events, out, step)
+    except ImportError:
+        fail("tensorboard is missing: pip install -r tools/requirements.txt")
+    except (OSError, ValueError, LookupError) as e:
+        fail(f"{args.run}: {prepare.first_line(e)}")
+    events.close()
+
+
+if __name__ == "__main__":
+    main()
