@@ -3,24 +3,31 @@
     python -m tools.bench                          # everything below, half an hour on two cores
     python -m tools.bench train --shapes 4x256     # one part
     python -m tools.bench decode prepare --output bench.json
+    python -m tools.bench gpu --output gpu.json    # ten minutes on one card; a CPU: --shapes 2x64
 
 train    steps of train.py against transformers' LlamaForCausalLM of the same sizes (autocast,
          torch.compile, fused AdamW, clipping), as it comes and with our allocator setting lent to
          it, and all against the rate of the machine's matrix products at the model's own shapes
 decode   one stream and eight, against transformers' generate and, with --gguf, llama.cpp
 prepare  tokens/s on all cores against one
+exact    40 steps twice, and once resumed from 20: the same bits?
+muon     a step with Muon against one with AdamW
+fast     train with deterministic=false against true
+gpu      the tests that need a GPU, exact, train, fast, muon and decode, one after the other
 
 Each contestant is a process of its own, warmed up; they take turns, step by step, so that a noisy
 machine is unfair to all alike (on a GPU too small for two, one after the other). The tables show
 medians (lowest to highest); the ratio says how many times as long as ours, turn by turn. --output
-writes every measurement as JSON.
+writes every measurement as JSON, part by part.
 """
 import argparse
 import json
+import math
 import os
 import platform
 import re
 import resource
+import shutil
 import statistics
 import subprocess
 import sys
@@ -49,7 +56,7 @@ def train_ours(args):
     from model import SmolLM2
     B, T = args.shape
     config = train.TrainConfig(batch_size=B, block_size=T, deterministic=args.deterministic,
-                               lr_decay_steps=5000)
+                               optimizer=args.optimizer, lr_decay_steps=5000)
     machine = train.set_up_machine(config)
     run = train.Run(config, SmolLM2(config), None, machine)
     run.model.compile_for_training(B * T)
@@ -212,7 +219,8 @@ def encode_text(args):
     os.environ["TOKENIZERS_PARALLELISM"] = str(not args.one_core).lower()
     backend = prepare.load_tokenizer(Path(args.data_dir, "tokenizer")).backend_tokenizer
     text = backend.decode(np.fromfile(Path(args.data_dir, "train.bin"), dtype="<u2").tolist())
-    pieces = [piece for _, piece in prepare.cut(text * (1 + 50_000_000 // len(text)), prepare.PIECE)]
+    text *= 1 + 50_000_000 // len(text)
+    pieces = [piece for _, piece in prepare.cut(text, prepare.PIECE)]
 
     def step():
         for i in range(0, len(pieces), prepare.BATCH):
@@ -319,34 +327,95 @@ def processor():
 
 
 def bench_train(args, report):
-    from model import SmolLM2, SmolLM2Config
     rates = take_turns([("machine_rates", "machine")], 1, 0, "machine")[0].get("result")[0]
     report["rates"] = rates
     print(f"\nmatrix products of the model's shapes: bf16 {rates['bfloat16'] / 1e9:,.0f} GFLOP/s, "
           f"fp32 {rates['float32'] / 1e9:,.0f}; memory reads {rates['read'] / 1e9:.1f} GB/s")
+    compare_steps(args, report, "train", [("train_ours", "ours"),
+                                          ("train_transformers", "transformers"),
+                                          ("train_transformers", "transformers, lent", "--lent")])
+
+
+def bench_fast(args, report):
+    compare_steps(args, report, "fast", [("train_ours", "deterministic"),
+                                         ("train_ours", "not deterministic", "--fast")])
+
+
+def bench_muon(args, report):
+    compare_steps(args, report, "muon", [("train_ours", "AdamW"),
+                                         ("train_ours", "Muon", "--optimizer", "muon")])
+
+
+def compare_steps(args, report, part, starters):
+    """Training steps of contestants; the first is what the others' ratios refer to."""
+    from model import SmolLM2, SmolLM2Config
     model = SmolLM2(SmolLM2Config())
-    print(f"\n{'train':<32}{'s/step':>24}{'tok/s':>9}{'ratio':>22}{'of bf16':>9}{'of fp32':>9}"
+    print(f"\n{part:<32}{'s/step':>24}{'tok/s':>9}{'ratio':>22}{'TFLOP/s':>9}{'of bf16':>9}"
           f"{'memory':>9}{'first':>8}")
+    rate = report.get("rates", {}).get("bfloat16", math.nan)
     for shape in args.shapes:
         B, T = map(int, shape.split("x"))
         options = ["--shape", shape] + ([] if args.deterministic else ["--fast"])
-        starters = [("train_ours", "ours", *options),
-                    ("train_transformers", "transformers", *options),
-                    ("train_transformers", "transformers, lent", *options, "--lent")]
-        contestants = take_turns(starters, args.runs, 2, f"train {shape}")
-        ours = contestants[0].get("seconds")
+        contestants = take_turns([(*starter, *options) for starter in starters], args.runs, 2,
+                                 f"{part} {shape}")
+        first = contestants[0].get("seconds")
         for c in contestants:
             seconds = c.get("seconds")
-            s, ratios = statistics.median(seconds), [p / q for p, q in zip(seconds, ours)]
-            flops = B * T * model.flops_per_token(T) / s
-            memory = max(c.get("memory"))
-            report.setdefault("train", {})[f"{shape} {c.label}"] = {
+            s, ratios = statistics.median(seconds), [p / q for p, q in zip(seconds, first)]
+            flops, memory = B * T * model.flops_per_token(T) / s, max(c.get("memory"))
+            report.setdefault(part, {})[f"{shape} {c.label}"] = {
                 "seconds": seconds, "tokens_per_sec": B * T / s, "ratios": ratios,
                 "flops": flops, "memory": memory, "first": c.first}
             print(f"{shape + ' ' + c.label:<32}{spread(seconds, '{:.3f}'):>24}{B * T / s:>9,.0f}"
-                  f"{spread(ratios):>22}{flops / rates['bfloat16']:>9.0%}"
-                  f"{flops / rates['float32']:>9.0%}{memory / 1e9:>6.1f} GB{c.first:>6.0f} s",
-                  flush=True)
+                  f"{spread(ratios):>22}{flops / 1e12:>9.3f}{flops / rate:>9.0%}"
+                  f"{memory / 1e9:>6.1f} GB{c.first:>6.0f} s", flush=True)
+
+
+def bench_exact(args, report):
+    """Trains 40 steps twice and once resumed from 20, and compares what the checkpoints hold."""
+    import torch
+
+    import train
+    B, T = args.shapes[0].split("x")
+    keys = [f"--batch_size={B}", f"--block_size={T}", f"--data_dir={args.data_dir}",
+            "--eval_interval=0", "--sample_interval=0", "--checkpoint_interval=0",
+            "--lr_decay_steps=40", f"--deterministic={args.deterministic}"]
+    states = {}
+    with tempfile.TemporaryDirectory(dir=".") as folder:
+        for name in ("first", "second", "resumed"):
+            out = Path(folder, name)
+            for step in (20, 40) if name == "resumed" else (40,):
+                command = [sys.executable, ROOT / "train.py", *keys, f"--out_dir={out}",
+                           f"--max_steps={step}", "--resume=auto"]
+                done = subprocess.run(command, capture_output=True, text=True)
+                if done.returncode:
+                    raise RuntimeError(f"exact: {done.stderr.strip().splitlines()[-1]}")
+            states[name] = train.read_checkpoint(out / "step_000040.pt")
+            shutil.rmtree(out)
+    tensors = {name: list(find_tensors(state)) for name, state in states.items()}
+    for name in ("second", "resumed"):
+        pairs = zip(tensors["first"], tensors[name], strict=True)
+        same = all(torch.equal(a, b) for a, b in pairs)
+        report.setdefault("exact", {})[name] = same
+        print(f"exact    {name} run of 40 steps: {'the same bits' if same else 'OTHER BITS'}")
+
+
+def find_tensors(value):
+    """All tensors of a checkpoint's dict."""
+    import torch
+    if isinstance(value, torch.Tensor):
+        yield value
+    if isinstance(value, (dict, list, tuple)):
+        for part in value.values() if isinstance(value, dict) else value:
+            yield from find_tensors(part)
+
+
+def bench_tests(args, report):
+    """The tests that need a GPU, or say so."""
+    command = [sys.executable, "-m", "pytest", "-q", "-k", "cuda", "tests"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    report["tests"] = (done.stdout.strip().splitlines() or ["no output"])[-1]
+    print(f"\ntests    {report['tests']}")
 
 
 def bench_decode(args, report):
@@ -385,7 +454,10 @@ def bench_prepare(args, report):
               flush=True)
 
 
-PARTS = {"train": bench_train, "decode": bench_decode, "prepare": bench_prepare}
+PARTS = {"train": bench_train, "decode": bench_decode, "prepare": bench_prepare,
+         "exact": bench_exact, "fast": bench_fast, "muon": bench_muon, "tests": bench_tests}
+STANDARD = ["train", "decode", "prepare"]
+GPU = ["tests", "exact", "train", "fast", "muon", "decode"]
 
 
 def main(argv=None):
@@ -394,9 +466,9 @@ def main(argv=None):
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = partial(fail, code=2)
     add = parser.add_argument
-    add("parts", nargs="*", help="train, decode, prepare [all three]")
-    add("--shapes", nargs="+", default=["4x256", "8x1024", "4x2048"], metavar="BxT",
-        help="sequences x tokens of a training step [4x256 8x1024 4x2048]")
+    add("parts", nargs="*", help=f"{', '.join(PARTS)}, gpu [{' '.join(STANDARD)}]")
+    add("--shapes", nargs="+", metavar="BxT", help="sequences x tokens of a training step "
+        "[4x256 8x1024 4x2048; for gpu 4x256 16x2048 32x2048]")
     add("--runs", type=int, default=7, help="measured turns of each contestant [7]")
     add("--fast", dest="deterministic", action="store_false", help="train with deterministic=false")
     add("--dtype", choices=["bfloat16", "float16", "float32"], default="bfloat16",
@@ -407,6 +479,7 @@ def main(argv=None):
     add("--output", help="write all measurements to this JSON file")
     for name in ("--contestant", "--shape"):
         add(name, help=argparse.SUPPRESS)
+    add("--optimizer", default="adamw", help=argparse.SUPPRESS)
     for name in ("--one_core", "--lent"):
         add(name, action="store_true", help=argparse.SUPPRESS)
     add("--rows", type=int, nargs=3, help=argparse.SUPPRESS)
@@ -414,9 +487,14 @@ def main(argv=None):
     if args.contestant:
         args.shape = tuple(map(int, (args.shape or "0x0").split("x")))
         return contestant(args)
-    unknown = [part for part in args.parts if part not in PARTS]
+    parts, is_gpu = args.parts or STANDARD, args.parts == ["gpu"]
+    if is_gpu:
+        parts = GPU
+    unknown = [part for part in parts if part not in PARTS]
     if unknown:
-        fail(f"unknown part {unknown[0]!r}: one of {', '.join(PARTS)}", 2)
+        fail(f"unknown part {unknown[0]!r}: one of {', '.join(PARTS)}, or gpu alone", 2)
+    larger = ["16x2048", "32x2048"] if is_gpu else ["8x1024", "4x2048"]
+    args.shapes = args.shapes or ["4x256", *larger]
     for shape in args.shapes:
         if not re.fullmatch(r"[1-9]\d*x[1-9]\d*", shape):
             fail(f"--shapes {shape}: expected BxT, as in 4x256", 2)
@@ -424,7 +502,7 @@ def main(argv=None):
         fail(f"--runs {args.runs}: must be 1 or more", 2)
     report = {"machine": processor()}
     print(report["machine"])
-    for part in args.parts or PARTS:
+    for part in parts:
         try:
             PARTS[part](args, report)
         except RuntimeError as e:

@@ -39,7 +39,8 @@ def write_events(events, out, last_step):
                 events.add_scalar(TAGS[name], row[name], row["step"])
         sample = out / "samples" / f"step_{row['step']:06d}.txt"
         if sample.exists():
-            events.add_text("sample", f"```\n{sample.read_text(encoding='utf-8')}\n```", row["step"])
+            text = sample.read_text(encoding="utf-8")
+            events.add_text("sample", f"```\n{text}\n```", row["step"])
     events.flush()
     return rows[-1]["step"] if rows else last_step
 
