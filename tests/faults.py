@@ -1,6 +1,6 @@
 """Breaks the program, a line at a time, and asks the test that should notice whether it does.
 
-    python -m tests.faults                 # all; prints the table (fault, caught by) of tests/README.md
+    python -m tests.faults                 # all; prints the table of tests/README.md
     python -m tests.faults sample 0 3      # the first three of sample.py
 
 Each fault is applied to a copy of the project. A fault that its test does not see is an error.
@@ -12,146 +12,144 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-DRAWS = "test_resume::test_a_run_that_draws_from_the_generators_resumes_to_the_bit"
-ANYWHERE = "test_resume::test_stops_anywhere_in_epochs_and_schedule_change_no_bit"
-DISK = "test_resume::test_a_checkpoint_reaches_the_disk_before_its_name_and_the_name_after"
-TOKENS = "test_resume::test_tokens_and_the_place_in_the_data_stay_true_when_the_batch_size_changes"
-OLDER = "test_resume::test_from_an_older_checkpoint_the_steps_repeat_and_later_files_are_set_aside"
-SIGNAL = "test_resume::test_a_signal_saves_says_how_to_go_on_and_changes_no_bit"
-BATCHES = "test_train::test_batches_are_consecutive_tokens_and_an_epoch_of_them_holds_every_block_once"
-ORDER = "test_train::test_the_order_and_the_cuts_change_from_epoch_to_epoch_and_reach_everything"
-RATES = "test_train::test_the_learning_rate_warms_up_follows_a_cosine_and_stays_at_the_minimum"
-BEST = "test_train::test_the_best_held_out_loss_is_kept_and_named"
-LOGITS = "test_model::test_logits_equal_transformers_at_other_sizes"
-TOP_P = "test_model::test_tokens_come_with_the_probabilities_of_the_softmax"
-FAULTS = [  # script, what is wrong, the line, the line with the fault, the test that notices
-    ("train", "torch's generator is not restored", 'torch.set_rng_state(state["torch"])', "pass", DRAWS),
-    ("train", "NumPy's generator is not restored", 'np.random.set_state(state["numpy"])', "pass", DRAWS),
-    ("train", "Python's generator is not restored", 'random.setstate(state["python"])', "pass", DRAWS),
-    ("train", "a checkpoint is not flushed to the disk", "os.fsync(f.fileno())", "pass", DISK),
-    ("train", "a checkpoint's name is not flushed", "os.fsync(folder)", "pass", DISK),
-    ("train", "a checkpoint is written in place", 'path.with_suffix(".tmp")', "path", DISK),
-    ("train", "the digest is not compared", "if not is_whole:", "if False:",
-     "test_resume::test_where_the_newest_checkpoint_is_damaged_the_one_before_is_used"),
-    ("train", "a checkpoint may hold code", "weights_only=True", "weights_only=False",
-     "test_resume::test_a_checkpoint_with_code_in_it_is_refused_and_does_not_run"),
-    ("train", "a batch begins one token late", "data.train[start:start + T + 1]",
-     "data.train[start + 1:start + T + 2]", BATCHES),
-    ("train", "every epoch has the same order", "((seed, epoch))", "((seed, 0))", ORDER),
-    ("train", "the cuts never move", "rng.integers(n - blocks * T) + T", "0 + T", ORDER),
-    ("train", "all processes read the same rows", "run.sequence + machine.rank * share", "run.sequence",
-     "test_train::test_the_parts_of_all_processes_make_the_batch"),
-    ("train", "sequences are counted by steps", "self.sequence + size", "self.sequence + 1", BATCHES),
-    ("train", "epochs are not counted", "self.epoch += epochs", "pass", BATCHES),
-    ("train", "tokens start again on resume", '"tokens", "seconds", "best")\n\n', '"seconds", "best")\n\n', TOKENS),
-    ("train", "another block size keeps the place", "self.epoch += self.sequence > 0", "return",
-     "test_resume::test_another_block_size_begins_an_epoch_anew"),
-    ("train", "the rate is one step late", "(step + 1) / warmup", "step / warmup", RATES),
-    ("train", "the warm-up counts as decay", "(step - warmup) / (end - warmup)", "step / end", RATES),
-    ("train", "min_lr is not held", "return lowest\n", "return 0.0\n", RATES),
-    ("train", "a rate below min_lr climbs", '("min_lr", c.min_lr,', '("min_lr", 0,',
-     "test_train::test_what_one_types_wrong_is_one_line_and_exit_2"),
-    ("train", "the norms decay, too", '"weight_decay": 0.0}', '"weight_decay": config.weight_decay}',
-     "test_train::test_weight_decay_is_on_matrices_only_and_the_optimizer_has_every_parameter"),
-    ("train", "nothing is clipped", "config.grad_clip or math.inf", "math.inf",
-     "test_train::test_gradients_are_clipped_to_the_norm_and_the_logged_norm_is_that_before"),
-    ("train", "micro-batches are summed", "(part / len(parts)).backward()", "(part).backward()",
-     "test_train::test_micro_batches_change_memory_and_not_the_run"),
-    ("train", "gradients of two steps are added", "optimizer.zero_grad(set_to_none=True)", "pass", ANYWHERE),
-    ("train", "a loss of NaN changes the weights", "if not math.isfinite(loss) or not (math.isfinite(norm) or is_skipped):",
-     "if False:", "test_train::test_a_loss_that_is_not_finite_stops_the_run_before_the_optimizer_step"),
-    ("train", "Muon steps on fp16's infinite gradient", "if not is_skipped:", "if True:",
-     "test_train::test_an_infinite_gradient_in_fp16_stops_every_optimizer_and_lowers_the_scale"),
-    ("train", "processes sum their losses", "loss / machine.world_size, torch", "loss, torch",
-     "test_distributed::test_two_processes_have_the_losses_of_one"),
-    ("train", "held-out windows overlap", "starts = range(0, n, T)", "starts = range(0, n, T - 1)",
-     "test_train::test_the_held_out_loss_is_the_mean_over_the_whole_split_each_token_once"),
-    ("train", "a sample draws from the training's generator", "generator=generator)", "generator=None)",
-     "test_train::test_evaluation_and_samples_do_not_touch_the_training"),
-    ("train", "the best is the worst", 'row["val_loss"] < run.best', 'row["val_loss"] > run.best', BEST),
-    ("train", "the best checkpoint is deleted", 'kept.add(run.best["step"])', "pass", BEST),
-    ("train", "the one before the newest is deleted", "[-config.keep_checkpoints:]", "[-1:]",
-     "test_train::test_the_newest_checkpoints_are_kept"),
-    ("train", "the optimizer starts again on resume", "optimizer.load_state_dict(", "dict(", ANYWHERE),
-    ("train", "the loss scale starts again on resume", "self.scaler.load_state_dict(", "dict(",
-     "test_resume::test_other_dtypes_and_optimizers_resume_to_the_bit"),
-    ("train", "steps beyond the checkpoint stay in metrics.jsonl", "(keepends=True)[:step]", "(keepends=True)", OLDER),
-    ("train", "later checkpoints are not set aside", "if step_of(path) > run.step:", "if False:", OLDER),
-    ("train", "a signal is not heeded", "self.asked = self.asked or self.alone", "pass", SIGNAL),
-    ("train", "a stopped run exits with 0", "raise SystemExit(128 + stop.signum)\n    option", "return\n    option", SIGNAL),
-    ("train", "two processes write one run", "held.acquire(timeout=0)", "pass",
-     "test_resume::test_a_second_process_in_the_same_out_dir_is_refused"),
-    ("train", "another tokenizer is taken", 'if old["tokenizer"] != new["tokenizer"]:', "if False:",
-     "test_resume::test_the_run_is_a_whole_whatever_became_of_its_data"),
-    ("train", "other data are taken", 'if old != new and "data_dir"', 'if False and "data_dir"',
-     "test_resume::test_other_data_are_refused_unless_named"),
-    ("train", "changes of the run are not named", "    if changes:\n", "    if False:\n",
-     "test_resume::test_a_change_that_bends_the_run_is_made_and_named"),
-    ("model", "eps is left out", " + self.eps)", ")", LOGITS),
-    ("model", "the rotation turns the other way", "torch.cat((-angles, angles)", "torch.cat((angles, -angles)", LOGITS),
-    ("model", "the head is not tied", "self.lm_head.weight = self.model.embed_tokens.weight  # tied", "pass  # tied",
-     "test_model::test_it_has_134_515_008_parameters_with_the_names_and_shapes_of_transformers"),
-    ("model", "attention sees the future", "is_causal=True", "is_causal=False", LOGITS),
-    ("model", "the compiled mask is one key too wide", "triu(start + 1)", "triu(start + 2)",
-     "test_model::test_the_attention_of_the_compiled_cpu_path_is_attention"),
-    ("model", "attention reads what is not normalised", "self.self_attn(self.input_layernorm(x)", "self.self_attn((x)",
-     LOGITS),
-    ("model", "ignored targets count", "count = (targets >= 0).sum()", "count = (targets >= -100).sum()",
-     "test_model::test_the_fused_loss_equals_cross_entropy_in_value_and_gradients"),
-    ("model", "top_p drops the token that crosses the line", "before >= top_p", "before + probs > top_p", TOP_P),
-    ("model", "the repetition penalty rewards", "past > 0, past / repetition_penalty, past * repetition_penalty",
-     "past > 0, past * repetition_penalty, past / repetition_penalty",
-     "test_model::test_the_repetition_penalty_divides_positive_and_multiplies_negative_logits"),
-    ("model", "one position too many", "if size > limit:", "if size > limit + 1:",
-     "test_model::test_more_positions_than_the_model_has_are_a_clear_error"),
-    ("model", "an old GPU gets bf16", "if major >= 8:", "if major >= 7:",
-     "test_model::test_a_gpu_has_bf16_from_capability_8_on_and_each_process_its_own"),
-    ("prepare", "a file is not flushed to the disk", "os.fsync(handle)", "pass",
-     "test_prepare::test_every_file_reaches_the_disk_before_the_folder_takes_its_name"),
-    ("prepare", "a changed meta.json is taken", "!= meta_digest(meta)", "== 0", "test_prepare::test_damage_is_told_in_one_line"),
-    ("prepare", "an id beyond the vocabulary is let through", 'if seen[meta["vocab_size"]:].any():', "if False:",
-     "test_prepare::test_damage_is_told_in_one_line"),
-    ("prepare", "the byte order mark stays", '.removeprefix("\\ufeff")', "",
-     "test_prepare::test_every_byte_is_kept_but_the_byte_order_mark"),
-    ("sample", "a stop text is shown", "return self.take(min(found))", "return self.take(len(self.waiting))",
-     "test_sample::test_a_stop_text_over_several_tokens_is_never_shown_not_even_its_beginning"),
-    ("sample", "the beginning of a stop text is shown", "begun = max(begun, n)", "pass",
-     "test_sample::test_a_stop_text_over_several_tokens_is_never_shown_not_even_its_beginning"),
-    ("sample", "the prompt is cut", 'print(prompt, end="", flush=True)', 'print(prompt[1:], end="", flush=True)',
-     "test_sample::test_standard_output_is_the_prompt_and_the_text_and_nothing_else"),
-    ("sample", "text goes on after its end", "if not stream.ended and token != eos:", "if not stream.ended:",
-     "test_sample::test_it_ends_at_endoftext"),
-    ("sample", "the seed is not used", ".manual_seed(args.seed)", ".manual_seed(1)",
-     "test_sample::test_the_same_seed_gives_the_same_text_and_another_seed_another"),
-    ("sample", "any tokenizer is taken", 'if digest.startswith(state["data"]["tokenizer"]):', "if True:",
-     "test_resume::test_the_run_is_a_whole_whatever_became_of_its_data"),
-]
+# A test, and below it the faults that it notices: script: what is wrong | the code | the fault
+TABLE = r"""
+test_resume::test_a_run_that_draws_from_the_generators_resumes_to_the_bit
+  train: torch's generator is not restored | torch.set_rng_state(state["torch"]) | pass
+  train: NumPy's generator is not restored | np.random.set_state(state["numpy"]) | pass
+  train: Python's generator is not restored | random.setstate(state["python"]) | pass
+test_resume::test_a_checkpoint_reaches_the_disk_before_its_name_and_the_name_after
+  train: a checkpoint is not flushed to the disk | os.fsync(f.fileno()) | pass
+  train: a checkpoint's name is not flushed | os.fsync(folder) | pass
+  train: a checkpoint is written in place | path.with_suffix(".tmp") | path
+test_resume::test_where_the_newest_checkpoint_is_damaged_the_one_before_is_used
+  train: the digest is not compared | if not is_whole: | if False:
+test_resume::test_a_checkpoint_with_code_in_it_is_refused_and_does_not_run
+  train: a checkpoint may hold code | weights_only=True | weights_only=False
+test_train::test_batches_are_consecutive_tokens_and_an_epoch_of_them_holds_every_block_once
+  train: a batch begins one token late | start:start + T + 1] | start + 1:start + T + 2]
+  train: sequences are counted by steps | self.sequence + size | self.sequence + 1
+  train: epochs are not counted | self.epoch += epochs | pass
+test_train::test_the_order_and_the_cuts_change_from_epoch_to_epoch_and_reach_everything
+  train: every epoch has the same order | ((seed, epoch)) | ((seed, 0))
+  train: the cuts never move | rng.integers(n - blocks * T) + T | 0 + T
+test_train::test_the_parts_of_all_processes_make_the_batch
+  train: all processes read the same rows | run.sequence + machine.rank * share | run.sequence
+test_resume::test_tokens_and_the_place_in_the_data_stay_true_when_the_batch_size_changes
+  train: tokens start again on resume | "sequence", "tokens", "seconds" | "sequence", "seconds"
+test_resume::test_another_block_size_begins_an_epoch_anew
+  train: another block size keeps the place | self.epoch += self.sequence > 0 | return
+test_train::test_the_learning_rate_warms_up_follows_a_cosine_and_stays_at_the_minimum
+  train: the rate is one step late | (step + 1) / warmup | step / warmup
+  train: the warm-up counts as decay | (step - warmup) / (end - warmup) | step / end
+  train: min_lr is not held | return lowest | return 0.0
+test_train::test_what_one_types_wrong_is_one_line_and_exit_2
+  train: a rate below min_lr climbs | ("min_lr", c.min_lr, | ("min_lr", 0,
+test_train::test_weight_decay_is_on_matrices_only_and_the_optimizer_has_every_parameter
+  train: the norms decay, too | "weight_decay": 0.0} | "weight_decay": config.weight_decay}
+test_train::test_gradients_are_clipped_to_the_norm_and_the_logged_norm_is_that_before
+  train: nothing is clipped | config.grad_clip or math.inf | math.inf
+test_train::test_micro_batches_change_memory_and_not_the_run
+  train: micro-batches are summed | (part / len(parts)).backward() | (part).backward()
+test_resume::test_stops_anywhere_in_epochs_and_schedule_change_no_bit
+  train: gradients of two steps are added | optimizer.zero_grad(set_to_none=True) | pass
+  train: the optimizer starts again on resume | optimizer.load_state_dict( | dict(
+test_train::test_a_loss_that_is_not_finite_stops_the_run_before_the_optimizer_step
+  train: a loss of NaN changes the weights | if not math.isfinite(loss) or | if False and
+test_train::test_an_infinite_gradient_in_fp16_stops_every_optimizer_and_lowers_the_scale
+  train: Muon steps on fp16's infinite gradient | if not is_skipped: | if True:
+test_distributed::test_two_processes_have_the_losses_of_one
+  train: processes sum their losses | loss / machine.world_size, torch | loss, torch
+test_train::test_the_held_out_loss_is_the_mean_over_the_whole_split_each_token_once
+  train: held-out windows overlap | starts = range(0, n, T) | starts = range(0, n, T - 1)
+test_train::test_evaluation_and_samples_do_not_touch_the_training
+  train: a sample draws from the training's generator | generator=generator) | generator=None)
+test_train::test_the_best_held_out_loss_is_kept_and_named
+  train: the best is the worst | row["val_loss"] < run.best | row["val_loss"] > run.best
+  train: the best checkpoint is deleted | kept.add(run.best["step"]) | pass
+test_train::test_the_newest_checkpoints_are_kept
+  train: the one before the newest is deleted | [-config.keep_checkpoints:] | [-1:]
+test_resume::test_other_dtypes_and_optimizers_resume_to_the_bit
+  train: the loss scale starts again on resume | self.scaler.load_state_dict( | dict(
+test_resume::test_from_an_older_checkpoint_the_steps_repeat_and_later_files_are_set_aside
+  train: steps beyond the checkpoint stay in metrics.jsonl | True)[:step] | True)
+  train: later checkpoints are not set aside | if step_of(path) > run.step: | if False:
+test_resume::test_a_signal_saves_says_how_to_go_on_and_changes_no_bit
+  train: a signal is not heeded | self.asked = self.asked or self.alone | pass
+  train: a stopped run exits with 0 | {again}")\n        raise | {again}")\n        return #
+test_resume::test_a_second_process_in_the_same_out_dir_is_refused
+  train: two processes write one run | held.acquire(timeout=0) | pass
+test_resume::test_the_run_is_a_whole_whatever_became_of_its_data
+  train: another tokenizer is taken | if old["tokenizer"] != new["tokenizer"]: | if False:
+  sample: any tokenizer is taken | if digest.startswith(state["data"]["tokenizer"]): | if True:
+test_resume::test_other_data_are_refused_unless_named
+  train: other data are taken | if old != new and "data_dir" | if False and "data_dir"
+test_resume::test_a_change_that_bends_the_run_is_made_and_named
+  train: changes of the run are not named | if changes: | if False:
+test_model::test_logits_equal_transformers_at_other_sizes
+  model: eps is left out |  + self.eps) | )
+  model: the rotation turns the other way | ((-angles, angles) | ((angles, -angles)
+  model: attention sees the future | is_causal=True | is_causal=False
+  model: attention reads what is not normalised | (self.input_layernorm(x) | ((x)
+test_model::test_it_has_134_515_008_parameters_with_the_names_and_shapes_of_transformers
+  model: the head is not tied | self.lm_head.weight = self.model.embed_tokens.weight | pass
+test_model::test_the_attention_of_the_compiled_cpu_path_is_attention
+  model: the compiled mask is one key too wide | triu(start + 1) | triu(start + 2)
+test_model::test_the_fused_loss_equals_cross_entropy_in_value_and_gradients
+  model: ignored targets count | count = (targets >= 0).sum() | count = (targets >= -100).sum()
+test_model::test_tokens_come_with_the_probabilities_of_the_softmax
+  model: top_p drops the token that crosses the line | before >= top_p | before + probs > top_p
+test_model::test_the_repetition_penalty_divides_positive_and_multiplies_negative_logits
+  model: the repetition penalty rewards | past > 0, past / | past < 0, past /
+test_model::test_more_positions_than_the_model_has_are_a_clear_error
+  model: one position too many | if size > limit: | if size > limit + 1:
+test_model::test_a_gpu_has_bf16_from_capability_8_on_and_each_process_its_own
+  model: an old GPU gets bf16 | if major >= 8: | if major >= 7:
+test_prepare::test_every_file_reaches_the_disk_before_the_folder_takes_its_name
+  prepare: a file is not flushed to the disk | os.fsync(handle) | pass
+test_prepare::test_damage_is_told_in_one_line
+  prepare: a changed meta.json is taken | != meta_digest(meta) | == 0
+  prepare: an id beyond the vocabulary is let through | seen[meta["vocab_size"]:].any() | False
+test_prepare::test_every_byte_is_kept_but_the_byte_order_mark
+  prepare: the byte order mark stays | .removeprefix("\ufeff") | .removeprefix("")
+test_sample::test_a_stop_text_over_several_tokens_is_never_shown_not_even_its_beginning
+  sample: a stop text is shown | return self.take(min(found)) | return self.take(len(self.waiting))
+  sample: the beginning of a stop text is shown | begun = max(begun, n) | pass
+test_sample::test_standard_output_is_the_prompt_and_the_text_and_nothing_else
+  sample: the prompt is cut | print(prompt, end | print(prompt[1:], end
+test_sample::test_it_ends_at_endoftext
+  sample: text goes on after its end | if not stream.ended and token != eos: | if not stream.ended:
+test_sample::test_the_same_seed_gives_the_same_text_and_another_seed_another
+  sample: the seed is not used | .manual_seed(args.seed) | .manual_seed(1)
+"""
 
 
-def is_caught(script, line, fault, test):
+def is_caught(script, code, fault, test):
     """Whether the test fails with the fault in place."""
     with tempfile.TemporaryDirectory() as folder:
-        copy = Path(folder, "project")
-        shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(".git", "out*", "data", "__pycache__"))
-        path = copy / f"{script}.py"
+        ignored = shutil.ignore_patterns(".git", "out*", "data", "__pycache__")
+        path = shutil.copytree(ROOT, Path(folder, "project"), ignore=ignored) / f"{script}.py"
         text = path.read_text(encoding="utf-8")
-        if line not in text:
-            return False
-        path.write_text(text.replace(line, fault, 1), encoding="utf-8")
-        file, name = test.split("::")
-        command = [sys.executable, "-m", "pytest", "-x", "-q", f"tests/{file}.py::{name}"]
-        return subprocess.run(command, cwd=copy, capture_output=True).returncode == 1
+        path.write_text(text.replace(code, fault, 1), encoding="utf-8")
+        command = [sys.executable, "-m", "pytest", "-xq", "tests/" + test.replace("::", ".py::")]
+        done = subprocess.run(command, cwd=path.parent, capture_output=True)
+        return code in text and done.returncode == 1
 
 
 def main():
-    script, first, last = [*sys.argv[1:], *["", 0, len(FAULTS)][len(sys.argv) - 1:]]
-    chosen = [fault for fault in FAULTS if fault[0].startswith(script)][int(first):int(last)]
-    missed = []
-    for script, what, line, fault, test in chosen:
-        if is_caught(script, line, fault, test):
-            print(f"| `{script}.py`: {what} | `{test}` |", flush=True)
+    wanted, first, last = [*sys.argv[1:], *["", 0, 999][len(sys.argv) - 1:]]
+    faults, missed = [], []
+    for row in TABLE.strip().splitlines():
+        if row.startswith("  "):
+            faults.append([*row.strip().replace(r"\n", "\n").split(" | "), test])
         else:
-            missed.append(f"{script}.py: {what}")
+            test = row
+    chosen = [row for row in faults if row[0].startswith(wanted)]
+    for what, code, fault, test in chosen[int(first):int(last)]:
+        if is_caught(what.partition(":")[0], code, fault, test):
+            print(f"| `{what.replace(':', '.py`:', 1)} | `{test}` |", flush=True)
+        else:
+            missed.append(what)
     sys.exit("not caught: " + "; ".join(missed) if missed else 0)
 
 

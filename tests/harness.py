@@ -1,12 +1,18 @@
-"""What all tests share: small data, a tiny run, ways to start the scripts and to compare what they leave."""
+"""What all tests share: small data, a tiny run, ways to start the scripts and to compare ends."""
+import atexit
 import contextlib
+import functools
+import gc
 import hashlib
 import io
 import json
 import os
 import re
 import resource
+import runpy
+import select
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -14,7 +20,7 @@ import time
 from collections import namedtuple
 from pathlib import Path
 
-# Threads that wait asleep: with anything else on the machine, small models are ten times as fast. Before torch.
+# Threads that wait asleep: beside anything else, small models are ten times as fast. Before torch.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import numpy as np  # noqa: E402
@@ -25,14 +31,14 @@ sys.path.insert(0, str(ROOT))
 import prepare  # noqa: E402
 import train  # noqa: E402
 
-# A model of 1.6 million parameters, nearly all of them the embedding, on tokens of SmolLM2: 20 ms a step.
-TINY = ["--hidden_size=32", "--intermediate_size=64", "--num_hidden_layers=2", "--num_attention_heads=4",
-        "--num_key_value_heads=2", "--initializer_range=0.18", "--max_position_embeddings=256", "--batch_size=4",
-        "--block_size=16", "--learning_rate=1e-2", "--warmup_steps=4", "--compile=false", "--log_interval=1",
-        "--eval_interval=0", "--eval_tokens=300", "--sample_interval=0", "--checkpoint_interval=0"]
+# 1.6 million parameters, nearly all of them the embedding, on tokens of SmolLM2: 20 ms a step.
+TINY = """--hidden_size=32 --intermediate_size=64 --num_hidden_layers=2 --num_attention_heads=4
+    --num_key_value_heads=2 --initializer_range=0.18 --max_position_embeddings=256 --batch_size=4
+    --block_size=16 --learning_rate=1e-2 --warmup_steps=4 --compile=false --log_interval=1
+    --eval_interval=0 --eval_tokens=300 --sample_interval=0 --checkpoint_interval=0""".split()
 # The same on the bytes of make_data, with evaluations and checkpoints: 5 ms a step.
-RUN = [*TINY, "--vocab_size=2048", "--block_size=32", "--eval_interval=10", "--eval_tokens=6000",
-       "--checkpoint_interval=5", "--max_steps=40", "--dtype=float32"]
+RUN = [*TINY, *"""--vocab_size=2048 --block_size=32 --eval_interval=10 --eval_tokens=6000
+    --checkpoint_interval=5 --max_steps=40 --dtype=float32""".split()]
 END = "<|endoftext|>"
 
 Result = namedtuple("Result", "code out err")
@@ -48,57 +54,58 @@ def expect(true, *what):
 
 
 def run_main(main, *argv, stdin=b"", threads=None):
-    """Runs a script's main as its process would, but here, which saves the seconds of importing torch."""
-    signums = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-    before = {signum: signal.getsignal(signum) for signum in signums}
+    """Runs a script's main as its process would, but here."""
+    handlers = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     threads_before = torch.get_num_threads()
     torch.set_num_threads(threads or threads_before)
     streams = sys.stdin, sys.stdout, sys.stderr
-    sys.stdin, out, err = (io.TextIOWrapper(io.BytesIO(raw), encoding="utf-8", errors=errors, write_through=True)
-                           for raw, errors in ((stdin, "strict"), (b"", "strict"), (b"", "backslashreplace")))
-    sys.stdout, sys.stderr, code = out, err, 0
+    sys.stdin, sys.stdout, sys.stderr = files = [
+        io.TextIOWrapper(io.BytesIO(raw), encoding="utf-8", errors=errors, write_through=True)
+        for raw, errors in ((stdin, "strict"), (b"", "strict"), (b"", "backslashreplace"))]
+    code = 0
     try:
         main([str(word) for word in argv])
     except SystemExit as e:
         code = e.code or 0
         if isinstance(code, str):  # what the interpreter does with sys.exit(text)
-            err.write(code + "\n")
+            files[2].write(code + "\n")
             code = 1
     finally:
         sys.stdin, sys.stdout, sys.stderr = streams
-        for signum, handler in before.items():
+        for signum, handler in handlers.items():
             signal.signal(signum, handler)
         torch.use_deterministic_algorithms(False)
         torch.set_num_threads(threads_before)
-    return Result(code, *(stream.buffer.getvalue().decode(errors="replace") for stream in (out, err)))
+    return Result(code, *(f.buffer.getvalue().decode(errors="replace") for f in files[1:]))
 
 
-def run_script(name, *argv, stdin=None, **env):
+def run_script(name, *argv, stdin=b"", **env):
     """Runs a script in a process of its own, to its end."""
-    done = subprocess.run([sys.executable, ROOT / name, *map(str, argv)], input=stdin, capture_output=True,
-                          env={**os.environ, **env}, timeout=300)
-    return Result(done.returncode, done.stdout.decode(), done.stderr.decode())
+    with contextlib.ExitStack() as stack:
+        files = [stack.enter_context(tempfile.TemporaryFile()) for _ in range(3)]
+        files[0].write(stdin or b"")
+        files[0].seek(0)
+        code = start([ROOT / name, *argv], Path.cwd(), {**os.environ, **env}, (), files).wait(300)
+        return Result(code, *(os.pread(f.fileno(), 2**24, 0).decode() for f in files[1:]))
 
 
-class Process(subprocess.Popen):
+class Process:
     """python COMMAND in cwd and in a process group of its own, its output in the file `log`.
 
     Used with `with`, nothing of it outlives the block. limits: arguments of resource.setrlimit."""
 
     def __init__(self, command, cwd, limits=(), **env):
-        def in_the_child():
-            for signum in (signal.SIGINT, signal.SIGHUP):  # ignored in a shell's background, or under nohup
-                signal.signal(signum, signal.SIG_DFL)
-            for limit in limits:
-                resource.setrlimit(*limit)
-
         cwd.mkdir(parents=True, exist_ok=True)
         self.log = Path(tempfile.mkstemp(dir=cwd, suffix=".log")[1])
-        inherited = {k: v for k, v in os.environ.items() if k not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
-        with open(self.log, "wb") as log:
-            super().__init__([sys.executable, *map(str, command)], cwd=cwd, stdin=subprocess.DEVNULL, stdout=log,
-                             stderr=subprocess.STDOUT, env={**inherited, "HF_HUB_OFFLINE": "1", **env},
-                             start_new_session=True, preexec_fn=in_the_child)
+        of_torchrun = ("RANK", "LOCAL_RANK", "WORLD_SIZE")
+        inherited = {k: v for k, v in os.environ.items() if k not in of_torchrun}
+        with open(os.devnull, "rb") as nothing, open(self.log, "wb") as log:
+            self.child = start(command, cwd, {**inherited, "HF_HUB_OFFLINE": "1", **env}, limits,
+                               (nothing, log, log))
+        self.pid, self.poll = self.child.pid, self.child.poll
+
+    def __enter__(self):
+        return self
 
     def __exit__(self, *_):
         self.kill()
@@ -121,7 +128,7 @@ class Process(subprocess.Popen):
         """kill -9 for the process and all below it: torchrun's workers have groups of their own."""
         below = descendants(self.pid) if self.alive else []
         self.signal(signal.SIGKILL)
-        super().wait()
+        self.child.wait()
         for pid in below:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
@@ -139,20 +146,14 @@ class Process(subprocess.Popen):
             time.sleep(0.0002)
         return True
 
+    def wait(self, timeout=180):
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            return self.child.wait(timeout)
+        raise AssertionError(f"a hang: still running after {timeout} s\n{self.text[-3000:]}")
+
     def end(self, timeout=180):
         """Its Result, both streams in err."""
         return Result(self.wait(timeout), "", self.text)
-
-    def wait(self, timeout=180):
-        try:
-            return super().wait(timeout)
-        except subprocess.TimeoutExpired:
-            raise AssertionError(f"still running after {timeout} s: a hang\n{self.text[-3000:]}") from None
-
-
-def wait_until(true, process, timeout=240):
-    """Waits for true(), which must come while the process runs."""
-    expect(process.until(true, timeout), "ended too early", process.text)
 
 
 def proc(pid, name):
@@ -165,21 +166,151 @@ def proc(pid, name):
 def descendants(pid):
     """The processes below pid, as far as /proc shows them."""
     children = {}
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        with contextlib.suppress(OSError, IndexError, ValueError):
-            parent = int(stat.read_text().rpartition(")")[2].split()[1])
-            children.setdefault(parent, []).append(int(stat.parent.name))
+    for folder in Path("/proc").glob("[0-9]*"):
+        if stat := proc(folder.name, "stat"):
+            parent = int(stat.rpartition(")")[2].split()[1])
+            children.setdefault(parent, []).append(int(folder.name))
     found, todo = [], [pid]
     while todo:
-        todo += (new := children.get(todo.pop(), []))
+        new = children.get(todo.pop(), [])
+        todo += new
         found += new
     return found
+
+
+# ---- processes that start warm: forked from one that has imported what takes three seconds ----
+
+
+def start(command, cwd, env, limits, streams):
+    """Starts python COMMAND, with the files `streams` as its standard input, output and error."""
+    words = [*map(str, command)]
+    scripts = [str(ROOT / f"{name}.py") for name in ("train", "prepare", "sample", "model")]
+    is_warm = words[0] in scripts and not torch.cuda.is_available()  # CUDA and forks do not mix
+    if is_warm:
+        return Warm(words, str(cwd), env, limits, streams)
+    return subprocess.Popen([sys.executable, *words], -1, None, *streams, cwd=cwd, env=env,
+                            preexec_fn=lambda: own_session(limits))
+
+
+def own_session(limits):
+    """What a new process is given before its program starts."""
+    os.setsid()
+    for signum in (signal.SIGINT, signal.SIGHUP):  # ignored in a shell's background, or by nohup
+        signal.signal(signum, signal.SIG_DFL)
+    for limit in limits:
+        resource.setrlimit(*limit)
+
+
+class Warm:
+    """A script's process, forked from the zygote, with what is used here of subprocess.Popen."""
+
+    def __init__(self, words, cwd, env, limits, streams):
+        self.returncode = None
+        self.control, theirs = socket.socketpair(type=socket.SOCK_SEQPACKET)
+        with theirs:
+            request = json.dumps([words, cwd, env, limits]).encode()
+            fds = [theirs.fileno(), *(stream.fileno() for stream in streams)]
+            socket.send_fds(zygote()[0], [request], fds)
+        self.pid = int(self.control.recv(99))
+
+    def wait(self, timeout=None):
+        if self.returncode is None:
+            if not select.select([self.control], [], [], timeout)[0]:
+                raise subprocess.TimeoutExpired(f"process {self.pid}", timeout)
+            self.returncode = int(self.control.recv(99))
+            self.control.close()
+        return self.returncode
+
+    def poll(self):
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.wait(0)
+        return self.returncode
+
+
+@functools.cache
+def zygote():
+    """(socket, process) of one that runs serve(); it ends when this process does."""
+    ours, theirs = socket.socketpair(type=socket.SOCK_SEQPACKET)
+    with theirs:
+        command = [sys.executable, __file__, str(theirs.fileno())]
+        process = subprocess.Popen(command, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL,
+                                   stdout=subprocess.DEVNULL, start_new_session=True,
+                                   env={**os.environ, "HF_HUB_OFFLINE": "1"})
+    return ours, process
+
+
+def serve(requests):
+    """Forks a process for each request, and returns in it, as in a Python that has just started.
+
+    Nothing may use torch before: its threads, once started, do not live on in a fork."""
+    import torch._dynamo  # noqa: F401
+    import transformers  # noqa: F401
+
+    import sample  # noqa: F401
+    gc.freeze()  # or every child would copy all pages when it collects
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for the keepers
+    while True:
+        request, fds, _, _ = socket.recv_fds(requests, 2**20, 4)
+        if not request:  # the tests have ended
+            os._exit(0)
+        if os.fork() == 0:
+            break
+        for fd in fds:
+            os.close(fd)
+    requests.close()
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    control = socket.socket(fileno=fds[0])
+    if child := os.fork():
+        keep(child, control)
+    words, cwd, env, limits = json.loads(request)
+    own_session(limits)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    os.chdir(cwd)
+    os.environ.clear()
+    os.environ.update(env)
+    if threads := env.get("OMP_NUM_THREADS"):
+        torch.set_num_threads(int(threads))
+    for stream, fd in enumerate(fds[1:]):
+        os.dup2(fd, stream)
+        os.close(fd)
+    sys.argv = words
+    with control:
+        control.send(str(os.getpid()).encode())
+
+
+def keep(child, control):
+    """Tells the test how its process ends, or ends it where the test is gone; never returns."""
+    if control in select.select([os.pidfd_open(child), control], [], [])[0]:
+        os.kill(child, signal.SIGKILL)
+    end = os.waitid(os.P_PID, child, os.WEXITED | os.WNOWAIT)
+    code = end.si_status if end.si_code == os.CLD_EXITED else -end.si_status
+    with contextlib.suppress(OSError):
+        control.send(str(code).encode())
+        control.recv(1)  # until the test has read it, the pid is nobody else's
+    os._exit(0)
+
+
+def run_as_main(path):
+    """Runs a script, and ends this process without the second in which Python frees it all."""
+    code = 0
+    try:
+        runpy.run_path(path, run_name="__main__")
+    except SystemExit as e:
+        code = e.code or 0
+        if not isinstance(code, int):
+            raise  # Python prints it
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    os._exit(code)
+
+
+# ---- what a script has said ----
 
 
 def flaw(done, codes=(0,), *words):
     """What is wrong with how a script has ended; None if it is as it should be.
 
-    It has one of the codes; where that is not 0, its last line says why, with these words in it."""
+    It has one of the codes; where that is not 0, its last line says why, with these words."""
     last = ([""] + [line for line in done.err.splitlines() if line.strip()])[-1]
     if "Traceback" in done.out + done.err:
         return "traceback"
@@ -198,20 +329,22 @@ def expect_end(done, codes=(0,), *words):
 
 
 def assert_refused(done, script, *fragments, code=2):
-    """The script ended with this code and with one line that says why, with all fragments in it."""
+    """The script ended with this code and one line that says why, with all fragments in it."""
     expect_end(done, [code], *fragments)
-    expect(len(done.err.strip().splitlines()) == 1 and done.err.startswith(f"{script}: "), done.err)
+    is_one_line = len(done.err.strip().splitlines()) == 1
+    expect(is_one_line and done.err.startswith(f"{script}: "), done.err)
 
 
 def training(folder, data, *argv, out="out", **how):
     """A process of a RUN in folder, writing to folder/out; it resumes where it can."""
     keys = [*RUN, f"--data_dir={data}", f"--out_dir={out}", "--resume=auto", *argv]
-    return Process([ROOT / "train.py", *keys], folder, OMP_NUM_THREADS="1", **how)
+    return Process([ROOT / "train.py", *keys], folder, **{"OMP_NUM_THREADS": "1", **how})
 
 
 def train_here(data, out, *argv, threads=1):
     """A RUN in this process. With two threads, so small a model only waits."""
-    return run_main(train.main, *RUN, f"--data_dir={data}", f"--out_dir={out}", *argv, threads=threads)
+    keys = [*RUN, f"--data_dir={data}", f"--out_dir={out}", *argv]
+    return run_main(train.main, *keys, threads=threads)
 
 
 def resume_here(out, *argv):
@@ -225,23 +358,25 @@ def make_tokenizer(folder):
     """A tokenizer of the 256 bytes and an end-of-text token, in Hugging Face's format."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
-    vocab = {END: 0, **{c: i for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()), 1)}}
+    characters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocab = {c: i for i, c in enumerate([END, *characters])}
     backend = Tokenizer(models.BPE(vocab=vocab, merges=[]))
-    backend.pre_tokenizer, backend.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    PreTrainedTokenizerFast(tokenizer_object=backend, bos_token=END, eos_token=END, unk_token=END) \
-        .save_pretrained(folder)
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    special = {"bos_token": END, "eos_token": END, "unk_token": END}
+    PreTrainedTokenizerFast(tokenizer_object=backend, **special).save_pretrained(folder)
     return folder
 
 
 def make_data(folder, start=0):
-    """Prepares 60,000 characters of Python's language reference, from `start` on, with make_tokenizer's tokens."""
+    """60,000 characters of Python's reference, from `start` on, in make_tokenizer's tokens."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     tokenizer, text = folder.parent / "bytes", folder.parent / f"{folder.name}.txt"
     if not tokenizer.exists():
         make_tokenizer(tokenizer)
     text.write_text(prepare.stand_in_text()[start:start + 60_000], encoding="utf-8")
-    done = run_main(prepare.main, "--input", text, "--tokenizer", tokenizer, "--out_dir", folder)
-    expect(done.code == 0, done)
+    argv = ["--input", text, "--tokenizer", tokenizer, "--out_dir", folder]
+    expect_end(run_main(prepare.main, *argv))
     return folder
 
 
@@ -249,19 +384,21 @@ def write_data(folder, train_ids, val_ids=range(100), vocab_size=49152):
     """A prepared folder of given ids, without a tokenizer."""
     folder = Path(folder)
     folder.mkdir(parents=True)
-    meta = {"source": "test", "stand_in": None, "vocab_size": vocab_size, "val_bytes": len(val_ids)}
+    meta = {"source": "test", "vocab_size": vocab_size, "val_bytes": len(val_ids)}
     for side, ids in (("train", train_ids), ("val", val_ids)):
         raw = np.asarray(list(ids), dtype="<u2").tobytes()
         (folder / f"{side}.bin").write_bytes(raw)
-        meta |= {f"{side}_tokens": len(raw) // 2, f"{side}_sha256": hashlib.sha256(raw).hexdigest()}
-    (folder / "meta.json").write_text(seal(meta))
+        meta[f"{side}_tokens"] = len(raw) // 2
+        meta[f"{side}_sha256"] = hashlib.sha256(raw).hexdigest()
+    (folder / "meta.json").write_text(seal({**meta, "stand_in": None}))
     return folder
 
 
 def seal(meta):
     """The text of a meta.json with the digest that fits, as someone who means it would write it."""
     rest = {k: v for k, v in meta.items() if k != "sha256"}
-    return json.dumps({**rest, "sha256": hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()})
+    digest = hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+    return json.dumps({**rest, "sha256": digest})
 
 
 def flip(path, offset):
@@ -273,7 +410,7 @@ def flip(path, offset):
 
 def snapshot(folder):
     """The content of all files in a folder, aside the lock, which says nothing."""
-    paths = [path for path in sorted(Path(folder).rglob("*")) if path.is_file() and path.name != ".lock"]
+    paths = [p for p in sorted(Path(folder).rglob("*")) if p.is_file() and p.name != ".lock"]
     return {str(path.relative_to(folder)): path.read_bytes() for path in paths}
 
 
@@ -311,30 +448,28 @@ def flat(value, name=""):
     if not isinstance(value, (dict, list, tuple)):
         return {name: repr(value).encode()}
     found = {name: type(value).__name__.encode()}
-    if isinstance(value, dict):
-        parts = {f"{name}.{key}": part for key, part in value.items()}
-    else:
-        parts = {f"{name}[{i}]": part for i, part in enumerate(value)}
-    for key, part in parts.items():
-        found |= flat(part, key)
+    for key, part in value.items() if isinstance(value, dict) else enumerate(value):
+        found |= flat(part, f"{name}.{key}")
     return found
 
 
 def differences(a, b):
-    """The names of the places at which two checkpoints, or parts of them, are not equal to the bit."""
+    """The names of the places at which two checkpoints, or parts, are not equal to the bit."""
     a, b = flat(a), flat(b)
     return sorted(name for name in a.keys() | b.keys() if a.get(name) != b.get(name))
 
 
+def lasting(state, aside=()):
+    """What a checkpoint holds beside the time, out_dir and the keys in `aside`."""
+    expect(state["model"] and state["optimizer"]["state"] and state["rng"], "it is empty")
+    config = {k: v for k, v in state["config"].items() if k not in ("out_dir", *aside)}
+    return {**state, "seconds": None, "config": config}
+
+
 def assert_same_bits(a, b, aside=()):
-    """Two checkpoint files hold the same weights, optimizer, RNG and all else, aside the time and out_dir."""
-    a, b = read(a), read(b)
-    for state in (a, b):
-        assert {"step", "model", "optimizer", "rng", "config"} <= state.keys() and state["optimizer"]["state"]
-        state.pop("seconds")
-        for key in ("out_dir", *aside):
-            state["config"].pop(key)
-    assert not differences(a, b)
+    """Two checkpoint files hold the same weights, optimizer, RNG and all else that lasts."""
+    found = differences(*(lasting(read(path), aside) for path in (a, b)))
+    expect(not found, found)
 
 
 def intact(out):
@@ -349,24 +484,26 @@ def is_saving(out):
 
 
 def content(out):
-    """What a run has left, as {name: bytes}: its last checkpoint and its metrics, aside the times and the folder."""
-    path = train.checkpoints(out)[-1]
-    state, lines = train.read_checkpoint(path), untimed(out)
-    expect(state["model"] and state["optimizer"]["state"] and state["rng"], path, "is empty")
-    expect([line["step"] for line in lines] == list(range(1, state["step"] + 1)), "metrics.jsonl has other steps")
-    state.pop("seconds")
-    state["config"].pop("out_dir")
-    return {**flat(state, path.name), "metrics": json.dumps(lines).encode(), "files": repr(intact(out)).encode()}
+    """{name: bytes} of a run's last checkpoint, its metrics and the names of its files."""
+    path, lines = train.checkpoints(out)[-1], untimed(out)
+    state = lasting(train.read_checkpoint(path))
+    expect([line["step"] for line in lines] == [*range(1, state["step"] + 1)], "a step is missing")
+    return flat({path.name: state, "metrics": json.dumps(lines), "files": intact(out)})
 
 
 def lost_bits(wanted, out):
-    """How many bits of the weights, optimizer, RNG and metrics of a run differ from those of the undisturbed one."""
+    """How many bits of weights, optimizer, RNG and metrics differ from the undisturbed run's."""
     a, b, lost = content(wanted), content(out), 0
     for name in a.keys() | b.keys():
-        x, y = (np.frombuffer(side.get(name, b""), np.uint8) for side in (a, b))
-        n = min(len(x), len(y))
-        bits = int(np.unpackbits(x[:n] ^ y[:n]).sum()) + 8 * (len(x) + len(y) - 2 * n)
+        x, y = a.get(name, b""), b.get(name, b"")
+        bits = (int.from_bytes(x) ^ int.from_bytes(y)).bit_count() + 8 * abs(len(x) - len(y))
         if bits:
-            print(f"  {bits} bits of {name} differ: {a.get(name, b'')[:99]}, {b.get(name, b'')[:99]}", file=sys.stderr)
+            print(f"  {bits} bits of {name} differ: {x[:99]}, {y[:99]}", file=sys.stderr)
         lost += bits
     return lost
+
+
+if __name__ == "__main__":  # the zygote
+    sys.path[0] = str(ROOT)
+    serve(socket.socket(fileno=int(sys.argv[1])))
+    run_as_main(sys.argv[0])

@@ -1,15 +1,12 @@
-"""Breaks runs in every way that a real machine does, and counts what is lost: real processes, signals, disks and files.
+"""Breaks runs in every way that a real machine does, and counts what is lost.
 
-    python -m tests.torture                                  # the whole campaign; a table at the end
-    python -m tests.torture --only kills --kills 100         # one part of it, see PARTS
-    python -m tests.torture --only fuzz commands --fuzz 2000 --seed 7
+    python -m tests.torture                                # the whole campaign; a table at the end
+    python -m tests.torture --only kills --kills 100 --seed 7      # a part of it, see PARTS
 
 tests/test_torture.py has the short form of each part in the test suite.
 """
 import argparse
 import contextlib
-import hashlib
-import io
 import json
 import os
 import pickle
@@ -23,34 +20,32 @@ import tempfile
 import time
 import traceback
 from collections import Counter, namedtuple
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from unittest import SkipTest, mock
 
 import torch
 
-from tests.harness import (ROOT, RUN, Process, Result, descendants, expect, expect_end, flaw, flip, intact, is_saving,
-                           last_step, lost_bits, make_data, proc, resume_here, run_main, run_script, seal, snapshot,
-                           train_here, training)
+from tests.harness import (ROOT, RUN, Process, Result, descendants, differences, expect, expect_end,
+                           flaw, flip, intact, is_saving, last_step, lost_bits, make_data, proc,
+                           resume_here, run_main, snapshot, train_here, training)
 
-import model  # harness has put the repository on the path
-import prepare
+import prepare  # harness has put the repository on the path
 import sample
 import train
+from model import SmolLM2, SmolLM2Config
 from tools import export
 
-# lost: bits, or faults that ended in damage, a hang, a traceback, a step too many; "raises": the check ends the part.
+# lost: bits, or faults that ended in damage, a hang, a traceback, code that ran, a step too many
 Row = namedtuple("Row", "fault injected resumed lost note", defaults=[""])
 HALF = ["--max_steps=12", "--lr_decay_steps=40"]  # the beginning of a run to 40
 no_hub = mock.patch("huggingface_hub.constants.HF_HUB_OFFLINE", True)
 
 
-class Hang(BaseException):
-    """No Exception, which the scripts would take for an error of their own."""
-
-
-def hang(signum, frame):
-    raise Hang
+def wrong(problem, *what):
+    """Whether there is a problem, to be counted; shows it."""
+    if problem:
+        print("LOST:", problem, *what, flush=True)
+    return bool(problem)
 
 
 def prepared(folder, *argv):
@@ -60,330 +55,252 @@ def prepared(folder, *argv):
     return data, out
 
 
-def end_of(script, *argv, stdin=b""):
-    """How a script ends, run in this process; with a traceback, too."""
+def end_of(script, *argv, **how):
+    """How a script ends, run in this process; with a traceback or after a minute, too."""
+    signal.signal(signal.SIGALRM, signal.default_int_handler)
+    signal.alarm(60)
     try:
-        return run_main(script.main, *argv, stdin=stdin, threads=1)
-    except (Exception, Hang):
+        return run_main(script.main, *argv, **{"threads": 1, **how})
+    except (Exception, KeyboardInterrupt):
         return Result("crash", "", traceback.format_exc())
-
-
-def lost_after_resume(wanted, out):
-    expect_end(resume_here(out, f"--max_steps={train.step_of(train.checkpoints(wanted)[-1])}"))
-    return lost_bits(wanted, out) + is_saving(out)
+    finally:
+        signal.alarm(0)
 
 
 # ---- kills and signals ----
 
+COMPILERS = {"cc1plus\n", "clang\n"}
+INSTANTS = {  # of a process p that writes to out; and how many seconds it lasts
+    "the start": (lambda p, out: True, 0.3),
+    "the first step": (lambda p, out: (out / "run.json").exists(), 0),
+    "compiling": (lambda p, out: COMPILERS & {proc(i, "comm") for i in descendants(p.pid)}, 0),
+    "an evaluation": (lambda p, out: last_step(out) % 10 == 9, 0.04),
+    "a save": (lambda p, out: is_saving(out), 0.004),
+    "a step": (lambda p, out: True, 0.03)}
 
-INSTANTS = {  # of a process p that writes to out, after the step `at`; and how many seconds it lasts
-    "the start": (lambda p, out, at: True, 3),
-    "the first step": (lambda p, out, at: "writes " in p.text, 0),
-    "compiling": (lambda p, out, at: {"cc1plus\n", "clang\n"} & {proc(pid, "comm") for pid in descendants(p.pid)}, 0),
-    "an evaluation": (lambda p, out, at: last_step(out) > at and last_step(out) % 10 == 9, 0.04),
-    "a save": (lambda p, out, at: last_step(out) > at and is_saving(out), 0.004),
-    "a step": (lambda p, out, at: last_step(out) > at, 0.03)}
+
+def wait_for(instant, p, out, later):
+    """Waits until p is at an instant, at least so many steps later (None: at once); then a bit."""
+    (is_there, seconds), begin = INSTANTS[instant], last_step(out)
+    is_later = lambda: later is None or begin != last_step(out) >= begin + later  # noqa: E731
+    p.until(lambda: is_later() and is_there(p, out))
+    return seconds
 
 
 def kills(folder, n, seed=0, steps=150):
-    """SIGKILL, again and again on the same run until it finishes, at random instants of every kind."""
-    keys = [f"--max_steps={steps}", "--learning_rate=1", "--min_lr=1"]  # so wild that the best is not the newest
+    """SIGKILL, again and again on a run until it finishes, at random instants of every kind."""
+    keys = [f"--max_steps={steps}", "--learning_rate=1", "--min_lr=1"]  # the best is not the newest
     rng, (data, wanted) = random.Random(seed), prepared(folder, *keys)
     kinds = ["a save", "an evaluation", "a step", "a save", "the start", "an evaluation"]
-    hits, runs, lost, torn = Counter(), 1, 0, 0
     stride = max(12, 2 * steps // (n + 1))  # steps that a life has at most
-    while True:
-        out = folder / f"run{runs}" / "out"
-        with training(out.parent, data, *keys) as p:
+    hits, runs, lost, torn = Counter(), 1, 0, 0
+    while runs < n + 9:
+        out, kind = folder / f"out{runs}", kinds[hits.total() % len(kinds)]
+        with training(folder, data, *keys, out=out) as p:
             if hits.total() < n:
-                kind, begin = kinds[hits.total() % len(kinds)], last_step(out)
-                (is_there, seconds), at = INSTANTS[kind], begin + rng.randrange(stride)
-                at -= 5 * (kind != "a step")  # between two saves
-                p.until(lambda: is_there(p, out, at) and (kind == "the start" or last_step(out) != begin))
+                later = rng.randrange(stride) - 5 * (kind != "a step")  # between two saves
+                seconds = wait_for(kind, p, out, None if kind == "the start" else later)
                 time.sleep(rng.random() * seconds)
                 if p.alive:
                     p.kill()
                     hits[kind] += 1
                     torn += is_saving(out)
-                    if hits.total() % 10 == 0:
-                        print(f"  {hits.total()} kills, run {runs} at step {last_step(out)} of {steps}", flush=True)
                     continue
             expect_end(p.end())
         lost += lost_bits(wanted, out)
         if hits.total() == n:
-            note = ", ".join(f"{count} in {kind}" for kind, count in hits.items())
-            return Row("SIGKILL in a training", n, n, lost, f"{runs} runs of {steps} steps; {note}; {torn} torn saves")
+            return Row("SIGKILL in a training", n, n, lost, f"{dict(hits)}, {torn} torn saves")
         runs += 1
+    raise AssertionError(f"no process was ever at {kind}")
 
 
 def kill_preparation(folder, n, seed=0):
-    """SIGKILL at random instants of prepare.py: what is there afterwards is whole, and a last try is right."""
-    rng, small = random.Random(seed), make_data(folder / "small")
-    text, out = folder / "big.txt", folder / "killed" / "data"
+    """SIGKILL at random instants of prepare.py: the old data, the new or none are there, whole."""
+    rng, small, injected, lost = random.Random(seed), make_data(folder / "small"), 0, 0
+    text, out, began = folder / "big.txt", folder / "killed" / "data", time.monotonic()
     text.write_text((folder / "small.txt").read_text() * 20)
-    command = [ROOT / "prepare.py", "--input", text, "--tokenizer", folder / "bytes", "--out_dir", out]
-    began, injected, left, lost = time.monotonic(), 0, 0, 0
-    with Process(command, out.parent) as p:
-        expect_end(p.end())
-    took, whole = time.monotonic() - began, snapshot(out)
+    argv = ["--input", text, "--tokenizer", folder / "bytes", "--out_dir", out]
+    expect_end(end_of(prepare, *argv))
+    seconds, whole = time.monotonic() - began, snapshot(out)
     shutil.rmtree(out)
     allowed = [whole, {}]
     for i in range(n):
-        with Process(command, out.parent) as p:
+        with Process([ROOT / "prepare.py", *argv], out.parent) as p:
             if i % 3:  # as soon as something is on the disk, or at any time
                 p.until(lambda: len(os.listdir(out.parent)) > 1 + out.exists())
-            time.sleep(rng.random() * took / (1 + (i % 3 > 0)))
+            time.sleep(rng.random() * seconds)
             injected += p.alive
-        left += out.exists()
-        lost += snapshot(out if out.exists() else out.with_name(".data.old")) not in allowed  # between two renames
-        if i == 0:  # data that were there before are replaced as a whole, or not at all
+        found = out if out.exists() else out.with_name(".data.old")  # between two renames
+        lost += wrong(snapshot(found) not in allowed, "no whole data", found)
+        if i == 0:  # from now on, data that were there are replaced as a whole, or not at all
             shutil.rmtree(out, ignore_errors=True)
             shutil.copytree(small, out)
             allowed = [whole, snapshot(out)]
-    with Process(command, out.parent) as p:
-        expect_end(p.end())
-    lost += snapshot(out) != whole
-    expect(os.listdir(out.parent) == ["data"], "left over:", os.listdir(out.parent))
-    return Row("SIGKILL in prepare.py", injected, injected, lost, f"after {left} of them out_dir was there")
+    expect_end(end_of(prepare, *argv))
+    lost += wrong(snapshot(out) != whole or os.listdir(out.parent) != ["data"], "in the end")
+    (out / "notes.txt").write_text("of someone else")
+    done = end_of(prepare, *argv)
+    lost += wrong(flaw(done, [1], "notes.txt") or not (out / "notes.txt").exists(), done)
+    return Row("SIGKILL in prepare.py", injected, injected, lost)
 
 
-SIGNALS = [((name,), instant) for name in ("SIGINT", "SIGTERM", "SIGHUP")
-           for instant in ("the start", "the first step", "an evaluation", "a save", "a step")]
-SIGNALS += [(pair, instant) for pair in (("SIGINT", "SIGINT"), ("SIGTERM", "SIGTERM"), ("SIGTERM", "SIGINT"),
-                                         ("SIGHUP", "SIGHUP")) for instant in ("a step", "a save", "an evaluation")]
-SHORT = [(("SIGINT",), "the first step"), (("SIGTERM",), "an evaluation"), (("SIGHUP",), "a save"),
-         (("SIGINT", "SIGINT"), "a step")]
-COMPILING = [((name,), "compiling") for name in ("SIGINT", "SIGTERM", "SIGHUP")]
+NAMES = ("SIGINT", "SIGTERM", "SIGHUP")
+LATER = {"an evaluation": 1, "a save": 10, "a step": 22}  # steps after which a signal comes
+SIGNALS = [([name], at) for name in NAMES for at in ("the start", "the first step", *LATER)]
+SIGNALS += [([name, name], at) for name in NAMES for at in LATER]
+SIGNALS += [(["SIGTERM", "SIGINT"], at) for at in LATER]
+SHORT = [(["SIGINT"], "the first step"), (["SIGTERM"], "an evaluation"), (["SIGHUP"], "a save"),
+         (["SIGINT", "SIGINT"], "a step")]
+COMPILING = [([name], "compiling") for name in NAMES]
 
 
-def signals(folder, cases, compiled=False):
-    """One or two signals at an instant of a run: it exits as they ask, all is saved, the bits are the same in the end.
+def signals(folder, cases, keys=("--max_steps=60",)):
+    """One or two signals at an instant: the run exits as they ask, saves, and goes on to the bit.
 
     cases: (names of the signals, one of INSTANTS)."""
-    keys = ["--compile=true", "--max_steps=10"] if compiled else ["--max_steps=60"]
     lost, (data, wanted) = 0, prepared(folder, *keys)
     for i, (names, instant) in enumerate(cases):
         out, signums = folder / f"out{i}", [getattr(signal, name) for name in names]
-        fresh = {"TORCHINDUCTOR_CACHE_DIR": str(folder / f"cache{i}")} if compiled else {}
-        is_there, seconds = INSTANTS[instant]
+        fresh = {"TORCHINDUCTOR_CACHE_DIR": str(folder / f"cache{i}")}
         with training(folder, data, *keys, out=out, **fresh) as p:
-            p.until(lambda: is_there(p, out, {"a step": 22, "a save": 10}.get(instant, 0)))
-            time.sleep(seconds / 3)
-            expect(p.alive, f"ended before the signal in {instant}", p.text)
-            at = last_step(out)
+            time.sleep(wait_for(instant, p, out, LATER.get(instant)) / 3)
+            at, was_alive = last_step(out), p.alive
             for signum in signums:
                 p.signal(signum)
                 time.sleep(0.002)
             code, text = p.wait(), p.text
-        is_early = code < 0 and instant == "the start" or "before the first step" in text  # nothing to save yet
-        codes = [-signums[0]] if code < 0 and is_early else [128 + signum for signum in signums]
-        expect(code in codes, f"exit {code} after {names} in {instant}", text)
-        expect(instant == "the start" or "Traceback" not in text and "Error" not in text, names, instant, text)
-        if is_early or "within a step" in text:
-            expect(instant in ("the start", "the first step", "compiling") and not train.checkpoints(out), text)
-        elif signum == signal.SIGINT and len(signums) == 2:  # the second Ctrl-C leaves at once
-            expect(intact(out), text)
+        saved, is_start = train.checkpoints(out), instant in ("the start", "the first step")
+        is_early = is_start and (code < 0 or "before the first step" in text)
+        if is_early or instant == "compiling" and not saved:  # there was nothing to save yet
+            is_right = not saved
+        elif names == ["SIGINT", "SIGINT"]:  # the second Ctrl-C leaves at once
+            is_right = intact(out)
         else:
-            newest = train.checkpoints(out)[-1]
-            expect(at <= train.step_of(newest) <= at + 2 and f"{newest.name} is written" in text, text)
+            is_right = at <= train.step_of(saved[-1]) <= at + 2 and saved[-1].name in text
+        allowed = [-signums[0]] if is_early and code < 0 else [128 + signum for signum in signums]
+        is_silent = instant == "the start" or "Traceback" not in text and "Error" not in text
+        is_right = is_right and is_silent and was_alive and code in allowed
+        lost += wrong(not is_right, names, instant, f"at {at}, exit {code}", saved, text)
         expect_end(train_here(data, out, *keys, "--resume=auto"))
         lost += lost_bits(wanted, out)
-        print(f"  {'+'.join(names)} in {instant}, at {at}: exit {code}", flush=True)
-    what = "SIGINT, SIGTERM, SIGHUP" + (" while compiling" if compiled else "")
-    return Row(what, len(cases), len(cases), lost)
+    return Row("SIGINT, SIGTERM, SIGHUP", len(cases), len(cases), lost, " ".join(keys))
 
 
 def second_process(folder):
-    """A second process on an out_dir in use is refused, whatever it wants; the first one never notices."""
-    (data, wanted), out = prepared(folder), folder / "out"
+    """A second process on an out_dir in use is refused; the first one never notices."""
+    (data, wanted), out, lost = prepared(folder), folder / "out", 0
     tries = ([], ["--resume"], ["--resume=auto"], ["--overwrite"], [f"--resume={out}"])
     with training(folder, data, out=out) as p:
         p.until(lambda: last_step(out) >= 6)
         p.signal(signal.SIGSTOP)  # it must not end meanwhile
         for argv in tries:
-            expect_end(train_here(data, out, *argv), [1], "another process", out)
+            lost += wrong(flaw(done := train_here(data, out, *argv), [1], out), argv, done)
         p.signal(signal.SIGCONT)
         expect_end(p.end())
-    return Row("second process on an out_dir", len(tries), 0, lost_bits(wanted, out), "refused; the first unharmed")
+    return Row("second process on an out_dir", len(tries), 0, lost + lost_bits(wanted, out))
 
 
-# ---- disks ----
+# ---- disks, damaged checkpoints, damaged data ----
 
 
-@contextlib.contextmanager
-def small_disk(folder, megabytes=16):
-    """A file system of its own in folder. Raises SkipTest where this user cannot mount one."""
-    folder.mkdir(parents=True)
-    mount = ["mount", "-t", "tmpfs", "-o", f"size={megabytes}m", "tmpfs", str(folder)]
-    try:
-        subprocess.run(mount, capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError) as e:
-        raise SkipTest(f"a file system cannot be mounted here: {getattr(e, 'stderr', e)}") from None
-    try:
-        yield folder
-    finally:
-        subprocess.run(["umount", "-l", str(folder)], check=True)
+def disks(folder, cases):
+    """A disk fills up, a file grows too large, a folder is read-only: said; later, no bit is lost.
 
-
-def full_disk(folder, leaves):
-    """The disk fills while a run goes on; after room is made it goes on, and ends with the same bits."""
-    keys = ["--max_steps=200", "--eval_interval=0", "--checkpoint_interval=10"]
-    lost, (data, wanted) = 0, prepared(folder, *keys)
-    with small_disk(folder / "disk") as disk:
-        for leave in leaves:
-            out = disk / f"out{leave}"
-            with training(folder / "cwd", data, *keys, out=out) as p:
-                p.until(lambda: last_step(out) >= 30)
-                with open(filler := disk / "filler", "wb", buffering=0) as f, contextlib.suppress(OSError):
+    cases: (what the system says, bytes that are left)."""
+    (data, wanted), lost, disk = prepared(folder), 0, folder / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=16m", "tmpfs", disk]
+    if os.geteuid() or subprocess.run(mount, capture_output=True).returncode:
+        raise SkipTest("no file system can be mounted here")
+    for i, (words, left) in enumerate(cases):
+        out, filler = disk / f"out{i}", disk / "filler"
+        expect_end(train_here(data, out, *HALF))
+        before = [path.read_bytes() for path in train.checkpoints(out)]
+        limits = [(resource.RLIMIT_FSIZE, (left, left))] if words == "File too large" else []
+        if words == "Read-only":
+            subprocess.run(["mount", disk, "-o", "remount,ro"], check=True)
+            lost += wrong(flaw(done := train_here(data, disk / "new"), [1], words), done)
+        with training(folder, data, out=out, limits=limits) as p:
+            if words == "No space left":
+                p.until(lambda: last_step(out) >= 13)
+                p.signal(signal.SIGSTOP)
+                with open(filler, "wb", buffering=0) as f, contextlib.suppress(OSError):
                     while True:
                         f.write(bytes(4096))
-                os.truncate(filler, filler.stat().st_size - leave // 4096 * 4096)
-                expect_end(p.end(), [1], "No space left on device", "--resume")
-            expect(intact(out), "no checkpoint is left")
-            filler.unlink()
-            lost += lost_after_resume(wanted, out)
-            shutil.rmtree(out)
-    return Row("disk full", len(leaves), len(leaves), lost, "filled to the last byte, or to a part of a checkpoint")
-
-
-def failed_save(folder, sizes):
-    """A save fails half-way, since no file may be larger than a part of a checkpoint (RLIMIT_FSIZE)."""
-    lost, (data, wanted) = 0, prepared(folder)
-    for size in sizes:
-        out = folder / f"out{size}"
-        expect_end(train_here(data, out, *HALF))
-        before = list(map(Path.read_bytes, train.checkpoints(out)))
-        with training(folder, data, out=out, limits=[(resource.RLIMIT_FSIZE, (size, size))]) as p:
-            expect_end(p.end(), [1], "File too large", "--resume")
-        expect(list(map(Path.read_bytes, train.checkpoints(out))) == before, "checkpoints have changed")
-        lost += lost_after_resume(wanted, out)
-    return Row("save fails half-way", len(sizes), len(sizes), lost, "RLIMIT_FSIZE below a checkpoint's size")
-
-
-def read_only(folder):
-    """A folder that cannot be written: a new run and a resumed one say so, and the run goes on once it can be."""
-    (data, wanted), disk, as_root = prepared(folder), folder / "disk", os.geteuid() == 0
-    out = disk / "out"
-
-    def allow(writing):
-        if as_root:
-            subprocess.run(["mount", "-o", f"remount,{'rw' if writing else 'ro'}", str(disk)], check=True)
-        for place in () if as_root else (disk, out):
-            place.chmod(0o755 if writing else 0o555)
-
-    with small_disk(disk) if as_root else contextlib.nullcontext():  # root may write whatever the mode says
-        expect_end(train_here(data, out, *HALF))
-        before = snapshot(out)
-        allow(False)
-        try:
-            for done in (train_here(data, disk / "new"), resume_here(out, "--max_steps=40")):
-                expect_end(done, [1], "Read-only" if as_root else "denied")
-        finally:
-            allow(True)
-        expect(snapshot(out) == before and not (disk / "new").exists(), "files have changed")
-        return Row("read-only folder", 2, 1, lost_after_resume(wanted, out), "a new run and a resumed one")
-
-
-# ---- damaged checkpoints and data ----
+                os.truncate(filler, filler.stat().st_size - left // 4096 * 4096)
+                p.signal(signal.SIGCONT)
+            done = p.end()
+        subprocess.run(["mount", disk, "-o", "remount,rw"], check=True)
+        filler.unlink(missing_ok=True)
+        is_harmed = [path.read_bytes() for path in train.checkpoints(out)] != before
+        problem = flaw(done, [1], words) or is_harmed or (disk / "new").exists()
+        expect_end(resume_here(out, "--max_steps=40"))
+        lost += wrong(problem, words, left, done) + lost_bits(wanted, out) + is_saving(out)
+        shutil.rmtree(out)
+    subprocess.run(["umount", "-l", disk], check=True)
+    injected = len(cases) + (words == "Read-only")
+    return Row("disk full, save fails half-way, read-only", injected, len(cases), lost)
 
 
 def damaged_checkpoints(folder, n, seed=0):
-    """The newest checkpoint truncated at n lengths, with one of n bytes flipped, zeroed in parts or made longer."""
-    keys = ["--vocab_size=257", "--hidden_size=16", "--eval_interval=0", "--max_steps=10", "--lr_decay_steps=40"]
-    rng, (_, out), lost = random.Random(seed), prepared(folder, *keys), 0
+    """The newest checkpoint cut at n lengths, with one of n bytes changed, zeroed, made longer."""
+    keys = ["--vocab_size=257", "--hidden_size=16", "--eval_interval=0", "--max_steps=10"]
+    rng, (_, wanted), lost = random.Random(seed), prepared(folder, *keys), 0
+    out = shutil.copytree(wanted, folder / "out")
     before, newest = train.checkpoints(out)
     good = newest.read_bytes()
-    size = len(good)
+    size, edge = len(good), min(200, n)
     lengths = {0, 1, size - 1, size - 39, size - 40, *(rng.randrange(size) for _ in range(n))}
-    places = {*range(200), *range(size - 200, size), *(rng.randrange(size) for _ in range(n))}
-    others = [bytes(size), good + b"\0", good[:-4096] + bytes(4096), good[:4096] + bytes(size - 4096), good + good]
-
-    def bend(place):
-        return good[:place] + bytes([good[place] ^ rng.choice([1, 128, 255, 1 << rng.randrange(8)])]) + good[place + 1:]
-
-    for damaged in (*(good[:length] for length in lengths), *map(bend, places), *others):
-        newest.write_bytes(damaged)
-        with contextlib.redirect_stderr(io.StringIO()) as said:
-            path, state = train.load_checkpoint(out)
-        if path != before or state["step"] != 5 or said.getvalue().count(f"{newest} is damaged") != 1:
-            print(len(damaged), path, said.getvalue())
-            lost += 1
-    newest.write_bytes(good)
+    places = {*range(edge), *range(size - edge, size), *(rng.randrange(size) for _ in range(n))}
+    bad = [bytes(size), good + b"\0", good[:-4096] + bytes(4096), good + good]
+    bad += [good[:length] for length in lengths]
+    for place in places:
+        byte = good[place] ^ rng.choice([1, 128, 255, 1 << rng.randrange(8)])
+        bad.append(good[:place] + bytes([byte]) + good[place + 1:])
+    for content in bad:
+        newest.write_bytes(content)
+        lost += wrong(train.load_checkpoint(out)[0] != before, len(content))
+    for content in (good[:9999], bad[-1]):
+        newest.write_bytes(content)
+        done = resume_here(out)
+        is_named = str(newest) in done.err and str(before) in done.out
+        lost += wrong(flaw(done) or not is_named, done) + lost_bits(wanted, out)
     expect(train.load_checkpoint(out)[0] == newest, "a good one is not taken")
-    count = len(lengths) + len(places) + len(others)
-    note = f"{len(lengths)} lengths, {len(places)} bytes, {len(others)} others of {size:,} bytes"
-    return Row("checkpoint damaged", count, count, lost, note)
-
-
-def damaged_then_resumed(folder, real):
-    """Through the command: a damaged checkpoint is named, the one before is used, the run ends with the same bits."""
-    (data, wanted), out, lost = prepared(folder), folder / "out", 0
-    for damage in (lambda path: os.truncate(path, path.stat().st_size // 2), lambda path: flip(path, 999)):
-        expect_end(train_here(data, out, "--max_steps=25", "--lr_decay_steps=40", "--overwrite"))
-        newest = train.checkpoints(out)[-1]
-        damage(newest)
-        if real:
-            with training(folder, data, out=out) as p:
-                done = p.end()
-        else:
-            done = resume_here(out, "--max_steps=40")
-        expect_end(done)
-        said = done.out + done.err
-        expect(f"{newest} is damaged" in said and "step_000020.pt (step 20)" in said, said)
-        lost += lost_bits(wanted, out)
     for path in train.checkpoints(out):
         flip(path, -1)
-    before = snapshot(out)
-    for done in (resume_here(out), train_here(data, out, "--resume=auto")):
-        expect_end(done, [1], "no whole checkpoint", out)
-    expect(snapshot(out) == before, "something was deleted")
-    return Row("checkpoint damaged, resumed", 4, 2, lost, "and with none left whole: refused, nothing deleted")
+    left, done = snapshot(out), resume_here(out)
+    lost += wrong(flaw(done, [1], out) or snapshot(out) != left, "none is whole", done)
+    return Row("checkpoint damaged", len(bad) + 3, len(bad) + 2, lost)
 
 
 def damaged_data(folder):
-    """train.bin, val.bin, meta.json truncated, changed, missing or of another dataset: refused before a first step."""
-    (own, out), data, lost = prepared(folder, *HALF), folder / "damaged", 0
-    good, other = snapshot(own), snapshot(make_data(folder / "other", start=100_000))
-    run, ids, text = snapshot(out), good["train.bin"], good["meta.json"]
-    beyond = ids[:-2] + (5000).to_bytes(2, "little")  # an id that no embedding has
-
-    def sealed(**new):
-        return {"meta.json": seal({**json.loads(text), **new}).encode()}
-
-    faults = [({name: bad(good[name])}, word) for name in ("train.bin", "val.bin") for bad, word in (
-        (lambda raw: raw[:-2], "tokens"), (lambda raw: raw + b"\0\0", "tokens"), (lambda raw: raw[:-1], "damaged"),
-        (lambda raw: b"", "damaged"), (lambda raw: raw[:99] + bytes([raw[99] ^ 1]) + raw[100:], "sha256"),
-        (lambda raw: other[name], name[:-4]), (lambda raw: None, name))]
-    faults += [({"meta.json": bad}, word) for bad, word in (
-        (other["meta.json"], "train_"), (None, "no prepared data"), (text[:-30], "damaged"), (b"", "damaged"),
-        (b"\xff\xfe", "damaged"), (b"[]", "damaged"), (text.replace(b"data.txt", b"evil.txt"), "meta.json"),
-        (b"[" * 10**5, "damaged"))]
-    faults += [(sealed(vocab_size="many"), "vocab_size"), (sealed(vocab_size=None), "vocab_size"),
-               (sealed(val_bytes=None), "val_bytes"), (sealed(train_tokens="1"), "train_tokens"),
-               (sealed(vocab_size=10**9), "vocab_size = 2048"),
-               ({"train.bin": beyond, **sealed(train_sha256=hashlib.sha256(beyond).hexdigest())}, "vocab_size 257"),
-               ({"train.bin": good["val.bin"], "val.bin": ids}, "train_"),
-               ({"tokenizer/tokenizer.json": good["tokenizer/tokenizer.json"] + b" "}, "tokenizer")]
-    for files, word in faults:
-        shutil.rmtree(data, ignore_errors=True)
-        shutil.copytree(own, data)
-        for name, raw in files.items():
-            (data / name).unlink() if raw is None else (data / name).write_bytes(raw)
-        for done in (train_here(data, folder / "new"), resume_here(out, "--max_steps=40", f"--data_dir={data}")):
-            problem = flaw(done, [1, 2], word)
-            if problem or last_step(folder / "new") or snapshot(out) != run:
-                print(list(files), word, problem, done)
-                lost += 1
+    """Data cut, changed, missing or of another dataset are refused before a first step."""
+    (own, out), data, lost, tried = prepared(folder, *HALF), folder / "damaged", 0, 0
+    other, run = snapshot(make_data(folder / "other", start=100_000)), snapshot(out)
+    for name in ("train.bin", "val.bin", "meta.json", "tokenizer/tokenizer.json"):
+        raw = (own / name).read_bytes()
+        changed = raw[:99] + bytes([raw[99] ^ 1]) + raw[100:]
+        bad_ones = [raw[:-3], raw[:-2], raw + b"\0\0", b"", changed, b"[" * 100_000]
+        for bad in (*bad_ones, other[name], None):
+            if bad == raw or bad is None and "tokenizer" in name:
+                continue
+            shutil.rmtree(data, ignore_errors=True)
+            shutil.copytree(own, data)
+            (data / name).unlink() if bad is None else (data / name).write_bytes(bad)
+            for done in (train_here(data, folder / "new"),
+                         resume_here(out, "--max_steps=40", f"--data_dir={data}")):
+                problem = flaw(done, [1, 2], data) or last_step(folder / "new")
+                lost += wrong(problem or snapshot(out) != run, name, (bad or b"")[:99], done)
+                tried += 1
     shutil.rmtree(own)  # a whole other dataset, in the place of the run's own
     shutil.copytree(folder / "other", own)
-    expect_end(resume_here(out, "--max_steps=40"), [1], "not the data")
+    lost += wrong(flaw(done := resume_here(out, "--max_steps=40"), [1], own), done)
     done = resume_here(out, "--max_steps=14", f"--data_dir={own}")  # meant: made, and said
-    expect_end(done)
-    expect("no longer the same run to the bit" in done.out and "data " in done.out, done.out)
-    return Row("data damaged or swapped", 2 * len(faults) + 1, 0, lost, "each refused before the first step")
+    lost += wrong(flaw(done) or "data " not in done.out or "→" not in done.out, done)
+    return Row("data damaged or swapped", tried + 1, 0, lost)
 
 
-# ---- strangers and other machines ----
+# ---- strangers, other machines, memory ----
 
 
 class Evil(str):
@@ -393,343 +310,258 @@ class Evil(str):
         return open, (str(self), "w")
 
 
-def poison(hf, kind, marker):
-    """A copy of the model folder hf with pickled weights, or with code that its files ask to be run."""
-    target, evil = shutil.copytree(hf, hf.with_name(kind)), "modeling_evil.Evil"
-    edits = {"config.json": {"auto_map": {"AutoModelForCausalLM": evil, "AutoConfig": evil}},
-             "tokenizer_config.json": {"auto_map": {"AutoTokenizer": [evil, evil]}}}
-    edits["config.json"] |= {"model_type": "evil"} if kind == "code type" else {}
-    edits["tokenizer_config.json"] |= {"tokenizer_class": "Evil"} if kind == "code class" else {}
-    for name, edit in edits.items() if "code" in kind else ():
-        (target / name).write_text(json.dumps({**json.loads((target / name).read_text()), **edit}))
-    for name in ("modeling_evil.py", "tokenization_evil.py"):
-        (target / name).write_text(f"open({str(marker)!r}, 'w')\nclass Evil:\n    pass\n")
-    if "pickle" in kind:
-        torch.save({"model.embed_tokens.weight": Evil(marker)}, target / "pytorch_model.bin")
-    if kind == "pickle only":
-        (target / "model.safetensors").unlink()
-    return target
+BAD = "modeling_evil.Evil"
+CODE = {"auto_map": {"AutoModelForCausalLM": BAD, "AutoConfig": BAD, "AutoTokenizer": [BAD, BAD]}}
+MODELS = [  # a stranger's folder, what its two configs say, whether it is to be refused
+    ("pickle beside", {}, {}, False), ("pickle only", {}, {}, True), ("code", CODE, CODE, False),
+    ("code class", CODE, {**CODE, "tokenizer_class": "Evil"}, False),
+    ("code type", {**CODE, "model_type": "evil"}, CODE, True)]
 
 
 @no_hub
-def strangers(folder, real):
-    """Checkpoints, models and tokenizers that would run code on loading leave no trace of having done so."""
-    (data, out), marker, tried, lost = prepared(folder, "--max_steps=5"), folder / "code was run", 0, 0
-    checkpoint = train.checkpoints(out)[-1]
-    state = train.read_checkpoint(checkpoint)
-    pickle.loads(pickle.dumps(Evil(marker)))
+def strangers(folder):
+    """Checkpoints, models, tokenizers that would run code leave no trace of having done so."""
+    (data, out), marker, ends = prepared(folder, "--max_steps=5"), folder / "code was run", []
+    state, evil, tokens = train.load_checkpoint(out)[1], Evil(marker), "--max_new_tokens=1"
+    pickle.loads(pickle.dumps(evil))
     expect(marker.exists(), "the attack itself does not work")
     marker.unlink()
 
-    def attack(script, *argv, codes=(1,), real=False):
-        nonlocal tried, lost
-        tried, yes = tried + 1, b"y\n" * 9  # a terminal's worth of consent
+    def attack(codes, script, *argv):
         with mock.patch("builtins.input", return_value="y") as asked:
-            done = run_script(f"{script.__name__}.py", *argv, stdin=yes) if real else end_of(script, *argv, stdin=yes)
-        problem = "CODE WAS RUN" if marker.exists() else "it asked" if asked.called else flaw(done, codes)
-        if problem:
-            print(problem, argv, done)
-            lost += 1
-            marker.unlink(missing_ok=True)
+            done = end_of(script, *argv, stdin=b"y\n" * 9)  # a terminal's worth of consent
+        problem = "CODE WAS RUN" if marker.exists() else asked.called or flaw(done, codes)
+        ends.append(wrong(problem, argv, done))
+        marker.unlink(missing_ok=True)
 
-    def attack_with(name, state, **how):
-        path = folder / name / "step_000005.pt"
-        path.parent.mkdir()
-        train.write_checkpoint(path, state)  # the digest fits, as a stranger can compute it, too
-        attack(train, f"--resume={path}", "--max_steps=6", **how)
-        attack(sample, "--checkpoint", path, "--max_new_tokens", "1", **how)
-        return path
-
-    evil = Evil(marker)
-    for i, bad in enumerate(({**state, "best": evil}, {**state, "rng": [evil]}, {**state, "model": evil}, evil)):
-        attack(train, f"--resume={attack_with(f'evil{i}', bad).parent}", real=real and not i)
-    path = folder / "evil3" / "step_000005.pt"
-    path.write_bytes(pickle.dumps(evil))
-    attack(train, f"--resume={path}")  # no file of torch.save at all
-    attack(sample, "--checkpoint", path)
-
-    # A model folder: weights as a pickle are not read; a config that names code is refused or ignored.
-    hf = folder / "hf"
-    sizes = {name: state["config"][name] for name in train.SIZES}
-    export.save_pretrained(model.SmolLM2(model.SmolLM2Config(**sizes)), hf, torch.float32)
+    # Checkpoints whose digest fits, as a stranger can compute it, too: with code, with nonsense.
+    bad = [{**state, "best": evil}, {**state, "rng": [evil]}, {**state, "model": evil}, evil]
+    for value in (None, -1, "five", {}):
+        bad += [{**state, name: value} for name in state]
+        for place, name in (("config", "hidden_size"), ("config", "no_key"), ("data", "tokenizer"),
+                            ("optimizer", "state"), ("model", "model.norm.weight")):
+            bad.append({**state, place: {**state[place], name: value}})
+    for i, content in enumerate([pickle.dumps(evil), *bad]):
+        path = shutil.copytree(out, folder / f"bad{i}") / "step_000005.pt"
+        path.write_bytes(content) if i == 0 else train.write_checkpoint(path, content)
+        attack([1] if i < 5 else (0, 1, 2), sample, "--checkpoint", path.parent, tokens)
+        attack([1] if i < 5 else (0, 1, 2), train, f"--resume={path}", "--max_steps=6")
+    # Weights as a pickle are not read; a config that names code is refused or ignored.
+    hf, sizes = folder / "hf", {name: state["config"][name] for name in train.SIZES}
+    export.save_pretrained(SmolLM2(SmolLM2Config(**sizes)), hf, torch.float32)
     shutil.copytree(data / "tokenizer", hf, dirs_exist_ok=True)
-    attack(sample, "--checkpoint", hf, "--max_new_tokens", "2", codes=[0])
-    new = [*RUN, f"--data_dir={data}", f"--out_dir={folder / 'new'}", "--overwrite", "--max_steps=1"]
-    for kind in ("pickle beside", "pickle only", "code", "code class", "code type"):
-        target, is_fine = poison(hf, kind, marker), kind not in ("pickle only", "code type")
-        attack(sample, "--checkpoint", target, "--max_new_tokens", "2", codes=(0, 1) if is_fine else [1])
-        attack(train, *new, f"--init_from={target}", codes=[0] if is_fine else [1])
+    for name in ("modeling_evil.py", "tokenization_evil.py"):
+        (hf / name).write_text(f"open({str(marker)!r}, 'w')\nclass Evil:\n    pass\n")
+    torch.save({"model.embed_tokens.weight": evil}, hf / "pytorch_model.bin")
+    new = [*RUN, f"--data_dir={data}", f"--out_dir={folder}/new", "--overwrite", "--max_steps=1"]
+    for kind, *edits, is_bad in MODELS:
+        target = shutil.copytree(hf, folder / kind)
+        for name, edit in zip(("config.json", "tokenizer_config.json"), edits):
+            config = json.loads((target / name).read_text())
+            (target / name).write_text(json.dumps({**config, **edit}))
+        if kind == "pickle only":
+            (target / "model.safetensors").unlink()
+        can_write = [0] if kind == "pickle beside" else (0, 1)
+        attack([1] if is_bad else can_write, sample, "--checkpoint", target, tokens)
+        attack([int(is_bad)], train, *new, f"--init_from={target}")
     # A tokenizer that brings code: beside a checkpoint, beside the data, and for prepare.py.
     for place in (out, data):
         shutil.rmtree(place / "tokenizer")
-        shutil.copytree(folder / "code class", place / "tokenizer")
-    attack(sample, "--checkpoint", checkpoint, "--max_new_tokens", "2", codes=(0, 1))
-    attack(sample, "--checkpoint", folder / "code class", codes=(0, 1), real=real)
-    attack(train, f"--resume={out}", "--max_steps=6", "--sample_interval=1", codes=(0, 1))
-    attack(prepare, "--input", folder / "data.txt", "--tokenizer", folder / "code class", "--out_dir", folder / "d",
-           codes=(0, 1))
+        shutil.copytree(target, place / "tokenizer")
+    attack((0, 1), sample, "--checkpoint", out, tokens)
+    attack((0, 1), train, f"--resume={out}", "--max_steps=6", "--sample_interval=1")
+    text = folder / "data.txt"
+    attack((0, 1), prepare, "--input", text, "--tokenizer", target, "--out_dir", folder / "d")
+    return Row("a stranger's file", len(ends), 0, sum(ends), "no code was run")
 
-    # And values that are plain, but nonsense: refused or used, in one line.
-    config, adam = state["config"], state["optimizer"]
-    odd = [{"config": {**config, **bad}} for bad in ({"hidden_size": "wide"}, {"hidden_size": -4}, {"no_key": 1},
-                                                     {"num_attention_heads": 3}, {"learning_rate": "fast"})]
-    odd += [{"config": {}}, {"config": 3}, {"model": {}}, {"optimizer": {}}, {"optimizer": {**adam, "state": {0: 3}}},
-            {"model": {**state["model"], "model.norm.weight": torch.ones(3)}}, {"rng": []}, {"rng": [{}]}, {"rng": 3},
-            {"step": "five"}, {"step": -1}, {"step": None}, {"epoch": None}, {"sequence": 0.5}, {"best": 5},
-            {"best": {"step": 5}}, {"seconds": "long"}, {"machine": None}, {"machine": {}}, {"data": None},
-            {"data": {}}, {"data": {**state["data"], "tokenizer": 3}}, {"scaler": None}]
-    for i, bad in enumerate(odd):
-        attack_with(f"odd{i}", {**state, **bad}, codes=(0, 1, 2))
-    return Row("a stranger's file", tried, 0, lost, "no code was run")
+
+MACHINES = [  # edits of the checkpoint's machine, keys, the exit code, what a resume says
+    ({"torch": "1.0.0"}, [], 0, [f"torch 1.0.0 → {torch.__version__}"]),
+    ({"device": "cuda (Fast 9000)"}, [], 0, ["device cuda (Fast 9000) → cpu"]),
+    ({"threads": 77}, [], 0, ["threads 77 → 2"]),
+    ({}, ["--dtype=bfloat16"], 0, ["threads 1 → 2", "dtype float32 → bfloat16"]),
+    ({}, ["--batch_size=8", "--learning_rate=0.5"], 0, ["batch_size 4 → 8", "rate 0.01 → 0.5"]),
+    ({}, ["--seed=1"], 0, ["seed 1337 → 1"]),
+    ({"threads": 2}, ["--log_interval=2", "--eval_interval=5"], 0, []),
+    *(({}, [f"--{key}"], 1, [key.partition("=")[0]]) for key in (
+        "hidden_size=64", "vocab_size=4096", "rope_theta=5", "optimizer=muon"))]
 
 
 def other_machine(folder):
-    """Resumed where the bits cannot be the same: says so and why, old → new, and goes on; other sizes are refused."""
-    (_, kept), out, lost = prepared(folder, "--max_steps=10", "--lr_decay_steps=40"), folder / "out", 0
-    same = [({"torch": "1.0.0"}, [], [f"torch 1.0.0 → {torch.__version__}"]), ({"processes": 1}, [], []),
-            ({"device": "cuda (Fast 9000)"}, [], ["device cuda (Fast 9000) → cpu"]),
-            ({"threads": 77}, [], ["threads 77 → "]), ({}, ["--dtype=bfloat16"], ["dtype float32 → bfloat16"]),
-            ({}, ["--batch_size=8", "--learning_rate=0.5"], ["batch_size 4 → 8", "learning_rate 0.01 → 0.5"]),
-            ({}, ["--seed=1"], ["seed 1337 → 1"]), ({}, ["--log_interval=2", "--eval_interval=5"], [])]
-    other = ["--hidden_size=64", "--vocab_size=4096", "--num_hidden_layers=3", "--rope_theta=5", "--optimizer=muon"]
-    for machine, argv, words in same:
-        shutil.rmtree(out, ignore_errors=True)
-        shutil.copytree(kept, out)
-        newest = train.checkpoints(out)[-1]
-        state = train.read_checkpoint(newest)
-        train.write_checkpoint(newest, {**state, "machine": state["machine"] | machine})
-        done = resume_here(out, "--max_steps=12", *argv)
-        said = "no longer the same run to the bit" in done.out
-        if (problem := flaw(done)) or said != bool(words) or not all(word in done.out for word in words) \
-                or last_step(out) != 12 or intact(out)[-1] != "step_000012.pt":
-            print(machine, argv, problem, done)
-            lost += 1
-    before = snapshot(out)
-    for flag in other:
-        done = resume_here(out, "--max_steps=20", flag)
-        lost += bool(flaw(done, [1], flag[2:].partition("=")[0])) or snapshot(out) != before
-    note = "said so and went on; another model refused"
-    return Row("another machine or model", len(same) + len(other), len(same), lost, note)
-
-
-def other_threads(folder):
-    """A run with all threads, resumed by a process with OMP_NUM_THREADS=1."""
-    data, out = make_data(folder / "data"), folder / "out"
-    expect_end(train_here(data, out, "--max_steps=10", threads=2))
-    with training(folder, data, "--max_steps=12", out=out) as p:
-        expect_end(p.end())
-        expect("no longer the same run" in p.text and "threads 2 → 1" in p.text, p.text)
-    return Row("another thread count", 1, 1, "raises", "2 → 1")
+    """Where the bits cannot be the same, a resume names why and goes on; another model does not."""
+    (_, kept), lost, resumed = prepared(folder, "--max_steps=10"), 0, 0
+    random.random()
+    torch.rand(9)
+    drawn = [train.rng_state()]  # not as at a start
+    for i, (machine, argv, code, words) in enumerate(MACHINES):
+        out = shutil.copytree(kept, folder / f"out{i}")
+        path, state = train.load_checkpoint(out)
+        edits = {"rng": drawn, "machine": state["machine"] | machine}
+        train.write_checkpoint(path, {**state, **edits})
+        done = end_of(train, f"--resume={out}", "--max_steps=12", *argv, threads=2)
+        said = done.out + done.err
+        problem = flaw(done, [code]) or not all(word in said for word in words)
+        problem = problem or last_step(out) != (10 if code else 12) or not words and "→" in said
+        problem = problem or differences(train.load_checkpoint(out)[1]["rng"], drawn)
+        lost += wrong(problem, machine, argv, done)
+        resumed += code == 0
+    return Row("another machine or model", len(MACHINES), resumed, lost)
 
 
 def memory(folder, steps):
-    """Resident memory of a run with evaluation, samples and checkpoints: its growth after the first hundred steps."""
+    """Resident memory of a run with evaluations, samples, checkpoints does not grow."""
     data, out, seen = make_data(folder / "data"), folder / "out", {}
-    keys = [f"--max_steps={steps}", *(f"--{what}_interval=50" for what in ("sample", "eval", "checkpoint"))]
-    with training(folder, data, *keys, out=out) as p:
+    keys = [f"--{what}_interval=50" for what in ("sample", "eval", "checkpoint")]
+    with training(folder, data, f"--max_steps={steps}", *keys, out=out) as p:
         while p.alive:
-            rss = [line.split()[1] for line in proc(p.pid, "status").splitlines() if line.startswith("VmRSS")]
-            if rss and (step := last_step(out)):
-                seen[step] = int(rss[0])
+            status = proc(p.pid, "status").partition("VmRSS:")[2]
+            if status and (step := last_step(out)):
+                seen[step] = int(status.split()[0])
             time.sleep(0.01)
         expect_end(p.end())
-    expect(len(os.listdir(out / "samples")) == steps // 50 and len(seen) > steps / 50, "too few samples")
-    first = max(rss for step, rss in seen.items() if 100 < step <= 150)
-    last = max(rss for step, rss in seen.items() if step > steps - 100)
-    expect(last / first < 1.02, f"resident memory grew: {first} to {last} kB")
-    note = f"{steps} steps: {first >> 10} MiB after 100, {last >> 10} at the end: {last / first - 1:+.2%}"
-    return Row("memory", 0, 0, "raises", note)
+    expect(len(os.listdir(out / "samples")) == steps // 50 and len(seen) > steps / 50, "too few")
+    first = max(kb for step, kb in seen.items() if 100 < step <= 150)
+    growth = max(kb for step, kb in seen.items() if step > steps - 100) / first - 1
+    note = f"{first >> 10} MiB after 100 steps, {growth:+.2%} after {steps}"
+    return Row("memory", 0, 0, wrong(growth >= 0.02, note), note)
 
 
-# ---- fuzzing: good command lines, recipes and texts, with something in them that does not belong there ----
+# ---- fuzzing: a good command line or file, with something in it that does not belong there ----
 
-WORDS = ["", " ", "4 4", "\t4", "4\n", "9" * 30, "-" + "9" * 30, "9" * 5000, "\N{SNOWMAN}", "\ud83d", "\udcff", "a\0b",
-         *map(str, (2**31, 2**47, 2**48, 2**63, 2**128)), *"""0 -1 -0.0 1 2 3 7 65536 0.5 nan inf -inf 1e999 1e308 1e-320
-         1e30 5e-324 0.99999 0x10 1_000 1__0 ٣ ½ 2**3 4. true None [] {} '4' four 4,5 --4 1e +3 nowhere/x /proc/x /dev/null
-         . é cpu cpu:1 cuda mps meta xpu cuda:99 float16 bfloat16 adamw muon cosine wsd auto --help --resume
-         --overwrite""".split()]
-BYTES = [b"", b"\n", b" " * 5000, b"\0" * 700, b"\xff\xfe", b"\xef\xbb\xbf", b"\xc3(", b"\xed\xa0\x80", b"x" * 9000,
-         "é\N{SNOWMAN}\U0001f600 ".encode() * 90, b"<|endoftext|>" * 40, b"\r\n\r\r\n" * 90, b"[" * 3000, b"\x1f\x8b",
-         b'{"text": "one"}\n{"text": 3}\n' * 20, b"%PDF", b"PK\3\4", b"First Citizen:\nBefore we proceed.\n" * 30]
-LINES = ["import os", "x" * 50 + " = 1", "seed = 2; seed = 4", "seed += 1", "a = b = 3", "seed, block_size = 2, 3",
-         "seed: int = 4", "print(1)", "open('code was run', 'w')", "del seed", "3", "seed = 2 * 2", "seed = yield",
-         "seed = " + "-" * 3000 + "1", "'a docstring'", "seed = " + "(" * 300 + "1", "learning_rate = 1e400",
-         "min_lr = 3+4j", "seed = __import__('os').getpid()", "if True:\n  seed = 3", "seed = " + "9" * 5000,
-         "out_dir = 'a\\0b'", "out_dir = '\\ud800'", "batch_sise = 4", "device = b'cpu'", "seed = -1", "*seed = 3",
-         "[seed] = 3", "seed.x = 3", "lambda: 3", "compile = 2", "dtype = 'bfloat16'", "seed = True", "resume = 'auto'"]
-KEYS = {name: f"--{name}={f.default}" for name, f in train.KEYS.items()}
-SMALL = [KEYS[name] for name in KEYS if name not in ("max_steps", "batch_size", "block_size", *train.SIZES)]
-SAMPLE = ("--temperature=0.8 --top_k=9 --top_p=0.9 --repetition_penalty=1.1 --seed=3 --stop=x --device=cpu "
-          "--dtype=float32 --num_samples=2").split()
-PREPARE = "--val_fraction=0.2 --allow_unrepresentable --input=book.txt --tokenizer=bytes --split=train".split()
-HERE = ["recipes"] * 8 + ["sample flags"] * 3 + ["prepare flags"] * 3 + ["runs"] * 3 + ["prompts"] * 2 + ["texts"]
-REAL = ["runs", "recipes", "prompts", "sample flags", "texts", "prepare flags", "model", "runs", "prompts", "too large"]
-Case = namedtuple("Case", "kind script argv stdin files", defaults=[b"", {}])
+WORDS = ["", " ", "4 4", "4\n", "9" * 5000, "a\0b", "\udcff", str(2**47), str(2**48), str(2**63),
+         *"""0 -1 -0.0 1 3 65536 0.5 nan inf 1e999 1e308 1e-320 0x10 1__0 ½ true None [] four 4,5
+         nowhere/x /proc/x /dev/null . é cuda mps float16 bfloat16 muon wsd auto --help""".split()]
+BYTES = [b"\n", b" " * 5000, b"\0" * 700, b"\xff\xfe", b"\xef\xbb\xbf", b"\xc3(", b"\xed\xa0\x80",
+         b"x" * 9000, "é\N{SNOWMAN}\U0001f600 ".encode() * 90, b"<|endoftext|>" * 40, b"[" * 3000,
+         b"\r\n\r\r\n" * 90, b"\x1f\x8b", b'{"text": 3}\n' * 20, b"%PDF", b"PK\3\4", b"(" * 300,
+         b"\nimport os\n", b"\nopen('code was run', 'w')\n", b"\nseed = beta1 = 3\n",
+         b"\nseed += 1\n", b"\nseed: int = 4\n", b"\nseed = 2 * 2\n", b"\nbeta1 = 3+4j\n",
+         b"\nif True:\n  seed = 3\n"]
+KEYS = {name: f.default for name, f in train.KEYS.items()
+        if name not in ("max_steps", "batch_size", "block_size", *train.SIZES)}
+SAMPLE = {"temperature": 0.8, "top_k": 9, "top_p": 0.9, "repetition_penalty": 1.1, "seed": 3,
+          "stop": "x", "device": "cpu", "dtype": "float32", "num_samples": 2}
+PREPARE = {"val_fraction": 0.2, "input": "book.txt", "tokenizer": "bytes"}
+RECIPE = "\n".join(f"{name} = {value!r}" for name, value in KEYS.items()).encode()
+PROSE = b"Who's there? Nay, answer me: stand, and unfold yourself.\n" * 9
 
 
-def bent(rng, words):
-    """Some words of a command line: with other values, misspelt, twice, cut in two, in the place of each other."""
-    words = rng.sample(words, rng.randrange(min(5, len(words))))
-    for i in range(len(words)):
-        name, _, value = words[i].partition("=")
-        letters = rng.choices("abz019 .,-_=+*/\\'\"#()[]{}\n\t%$é\0\N{SNOWMAN}\U0001f600\udcff", k=rng.randrange(12))
-        other = rng.choice([*WORDS, *["".join(letters)] * 20])
-        words[i:i + 1] = rng.choice([[words[i]] * 2, [other], [name], [name, other], [f"{name[:-1]}={value}"],
-                                     *[[words[i]]] * 9, *[[f"{name}={other}"]] * 9])
-    return words
+def bent(rng, good, new):
+    """A command line (a list) or a file with parts repeated, cut off, or replaced by new()."""
+    for _ in range(rng.choice([0, 1, 1, 2, 3])):
+        i = rng.randrange(len(good) + 1)
+        part = rng.choice([new(), new(), new(), good[i:i + 30] * 2])
+        good = good[:i] + part + good[i + rng.choice([0, 0, 1, 1, 40]):]
+    return good
 
 
-def bent_bytes(rng, raw):
-    """A text with something inserted, replaced, repeated or cut off."""
-    for _ in range(rng.choice([0, 1, 1, 2, 5])):
-        i = rng.randrange(len(raw) + 1)
-        new = rng.choice([rng.choice(BYTES), rng.randbytes(rng.randrange(60)), raw[i:i + 40] * 3])
-        raw = raw[:i] + new + raw[i + rng.choice([0, 0, 1, 40, len(raw)]):]
-    return raw
-
-
-def a_case(rng, kind, place, number):
-    """One input of a kind; place: the folder with data/, out/ and bytes/ that all of them use."""
-    made, path = place / f"made{number}", place / f"file{number}{rng.choice(['.txt', '.md', '.jsonl', '', '.py'])}"
-    text = bent_bytes(rng, b"Who's there? Nay, answer me: stand, and unfold yourself.\n" * 9)
-    if kind == "recipes":
-        lines = rng.sample([word[2:].replace("=", " = ") for word in KEYS.values()], 5)
-        lines = rng.sample(lines + LINES, rng.randrange(9))
-        recipe = bent_bytes(rng, "\n".join(lines).encode()) if rng.random() < 0.5 else "\n".join(lines).encode()
-        return Case(kind, "train.py", [path, *bent(rng, [*KEYS.values()])], files={path: recipe})
-    if kind == "runs" and rng.random() < 0.8:
-        return Case(kind, "train.py", [*RUN, f"--out_dir={made}", *bent(rng, SMALL), f"--data_dir={place}/data",
-                                       "--max_steps=2", "--eval_tokens=64", "--compile=false"])
-    if kind == "runs":
-        path = made / rng.choice(["step_000001.pt", "step_x.pt", "x", "step_000002.tmp"])
-        return Case(kind, "train.py", [f"--resume={rng.choice([path, made])}", "--max_steps=2"], files={path: text})
-    if kind == "prompts":
-        argv = ["--checkpoint", rng.choice([place / "out"] * 8 + [place / "nothing", place / "data", place / "bytes"]),
-                *bent(rng, SAMPLE), "--max_new_tokens", rng.choice(["1", "3", "250", "300"]), "--prompt"]
-        is_piped = rng.random() < 0.5
-        return Case(kind, "sample.py", [*argv, "-" if is_piped else os.fsdecode(text)], text if is_piped else b"")
-    if kind == "texts":
-        tokenizer = rng.choice([place / "bytes"] * 8 + [place / "data", path])
-        argv = ["--input", path, "--tokenizer", tokenizer, *bent(rng, PREPARE[:2]), "--out_dir", made]
-        return Case(kind, "prepare.py", argv, files={path: text})
-    if kind == "too large":
-        return Case(kind, "train.py", [*RUN, f"--data_dir={place}/data", f"--out_dir={made}", "--hidden_size=65536"])
-    words = {"sample": SAMPLE, "prepare": PREPARE, "model": [*KEYS.values()]}[script := kind.partition(" ")[0]]
-    return Case(kind, f"{script}.py", bent(rng, words))
-
-
-def command(case, place):
-    """How a case ends as a command, with at most a minute and 8 GB."""
-    pins = {"recipes": "--hidden_size=-1", "sample flags": "--checkpoint=not/here/x", "prepare flags": "--input=not there"}
-    words = [*map(str, case.argv), *([pins[case.kind]] if case.kind in pins else [])]  # or it would start the real thing
-    words = [word.replace("\0", "").replace("\ud83d", "").encode(errors="surrogateescape") for word in words]
-    limit = resource.RLIMIT_AS, (8 * 2**30, 8 * 2**30)
-    try:
-        done = subprocess.run([sys.executable, ROOT / case.script, *words], input=case.stdin, cwd=place, timeout=60,
-                              env={**os.environ, "HF_HUB_OFFLINE": "1"}, capture_output=True,
-                              preexec_fn=lambda: resource.setrlimit(*limit))
-    except subprocess.TimeoutExpired:
-        return Result("hang", "", "")
-    return Result(done.returncode, *(raw.decode(errors="replace") for raw in (done.stdout, done.stderr)))
+def words(rng, keys, is_good):
+    """Some of the keys with their values; if they are not to be good, some are bent."""
+    def new():
+        letters = rng.choices("az09 .,-_=+*/\\'\"#\n\té\U0001f600", k=9)
+        other = rng.choice([*WORDS, "".join(letters)])
+        return [rng.choice([other, *[f"--{rng.choice([*keys])}={other}"] * 5])]
+    good = [f"--{key}={keys[key]}" for key in rng.sample([*keys], 3)]
+    return good if is_good else bent(rng, good, new)
 
 
 @no_hub
 def fuzz(folder, n, seed=0, real=False):
-    """n random inputs, in this process or (real) as commands, two at a time: success, or one line that says why not."""
-    rng, (_, out), kinds = random.Random(seed), prepared(folder, "--max_steps=5"), REAL if real else HERE
-    before, scripts = snapshot(out.rename(folder / "out")), {f"{m.__name__}.py": m for m in (train, sample, prepare)}
-    ends = {"recipes": "train.set_up_machine", "sample flags": "sample.load", "prepare flags": "prepare.prepare"}
-
-    def attempt(number):
-        case, made = cases[number], folder / f"made{number}"
-        for path, raw in case.files.items():
-            path.parent.mkdir(exist_ok=True)
-            path.write_bytes(raw)
-        if real:
-            done = command(case, folder)
-        else:  # what only reads and checks ends where it would begin to work
-            signal.alarm(60)
-            with mock.patch(ends.get(case.kind, "train.none"), side_effect=SystemExit(0), create=True), \
-                    mock.patch.dict(os.environ, WORLD_SIZE=str(number % 3 + 1) if case.kind == "recipes" else "1"):
-                done = end_of(scripts[case.script], *case.argv, stdin=case.stdin)
-            signal.alarm(0)
-        problem = flaw(done, (0, 1, 2), f"{case.script}: ")
-        if done.code == 2 and len(done.err.splitlines()) > 1:
-            problem = "more than one line"
-        if case.script == "prepare.py" and made.exists():
-            prepare.open_data(made)  # raises where it is damaged
+    """n bent inputs, here or (real) as commands: success, or one line that says why not."""
+    rng, (data, out), lost = random.Random(seed), prepared(folder, "--max_steps=5"), 0
+    before, tried, ended = snapshot(out.rename(folder / "out")), Counter(), Counter()
+    memory = [(resource.RLIMIT_AS, (8 * 2**30, 8 * 2**30))]
+    small = [f"--data_dir={data}", "--max_steps=2", "--eval_tokens=64", "--compile=false"]
+    for number in range(n):
+        kind = ["recipe", "text", "prompt", "checkpoint", "too large"][number % (4 + real)]
+        made = folder / f"made{number}"
+        raw, is_bent = RECIPE if kind == "recipe" else PROSE, rng.random() < 0.5
+        raw = bent(rng, raw, lambda: rng.choice(BYTES)) if is_bent else raw
+        file = made.with_suffix(rng.choice([".txt", ".py"]))
+        if kind == "checkpoint":
+            file = made / "step_000001.pt"
+        file.parent.mkdir(exist_ok=True)
+        file.write_bytes(raw)
+        checkpoint = folder / rng.choice(["out", "out", "out", "bytes", "nothing"])
+        tokenizer = rng.choice([folder / "bytes", file])
+        script, keys, argv = {
+            "recipe": (train, KEYS, [file, *RUN, f"--out_dir={made}", *small]),
+            "checkpoint": (train, KEYS, [f"--resume={rng.choice([file, made])}", *small]),
+            "text": (prepare, PREPARE, [f"--tokenizer={tokenizer}", f"--out_dir={made}",
+                                        f"--input={file}"]),
+            "prompt": (sample, SAMPLE, ["--prompt", rng.choice(["-", os.fsdecode(raw)]),
+                                        "--checkpoint", checkpoint, "--max_new_tokens=3"]),
+            "too large": (train, KEYS, [*RUN, *small, f"--out_dir={made}", "--hidden_size=65536"]),
+        }[kind]
+        argv = [*words(rng, keys, is_bent), *argv]
+        with contextlib.chdir(folder):
+            if real:
+                command = [str(word).replace("\0", "") for word in (ROOT / script.__file__, *argv)]
+                with Process(command, folder, limits=memory) as p:
+                    done = p.end(60)
+            else:
+                done = end_of(script, *argv, stdin=raw)
+            if script is prepare and made.exists():
+                prepare.open_data(made)  # raises where it is damaged
+        problem = flaw(done, (0, 1, 2), f"{script.__name__}.py: ")
+        problem = problem or done.code == 2 and len(done.err.splitlines()) > 1
+        lost += wrong(problem, [str(word)[:200] for word in argv], raw[:200], done)
         shutil.rmtree(made, ignore_errors=True)
-        if problem:
-            print(problem, [str(word)[:200] for word in case.argv], case, done)
-        return case.kind, done.code, bool(problem)
-
-    cases = [a_case(rng, kinds[number % len(kinds)], folder, number) for number in range(n)]
-    handler = signal.signal(signal.SIGALRM, hang)
-    with contextlib.chdir(folder), ThreadPoolExecutor(2) as pool:
-        tried, ended, wrong = map(Counter, zip(*(pool.map if real else map)(attempt, range(n))))
-    signal.signal(signal.SIGALRM, handler)
-    expect(snapshot(folder / "out") == before, "a file of another run was changed")
-    expect(not list(folder.rglob("code was run")), "A RECIPE RAN CODE")
-    what = "real commands" if real else "in one process"
-    return Row(f"fuzzing, {what}", n, 0, wrong[True], f"{dict(tried)}; exit codes {dict(ended)}")
+        tried[kind] += 1
+        ended[done.code] += 1
+    lost += wrong(snapshot(folder / "out") != before, "a file of another run was changed")
+    lost += wrong([*folder.rglob("code was run")], "A RECIPE RAN CODE")
+    what = "fuzzing, real commands" if real else "fuzzing, in one process"
+    return Row(what, n, 0, lost, f"{dict(tried)}; exit codes {dict(ended)}")
 
 
 # ---- the campaign ----
 
+DISKS = [("No space left", left) for left in (100_000, 0, 4096, 300_000, 600_000)]
+DISKS += [("File too large", left) for left in (300_000, 100_000, 700_000)] + [("Read-only", 0)]
+COMPILED = {"keys": ["--compile=true", "--max_steps=10"]}
 PARTS = {  # what it is, the short form for the test suite, and the long one
     "kills": (kills, {"n": 5, "steps": 60}, {"n": 100}),
     "preparation": (kill_preparation, {"n": 2}, {"n": 25}),
-    "disk": (full_disk, {"leaves": (100_000,)}, {"leaves": (0, 4096, 100_000, 300_000, 600_000)}),
-    "save": (failed_save, {"sizes": (300_000,)}, {"sizes": (100_000, 300_000, 700_000)}),
-    "read_only": (read_only, {}, {}),
+    "disks": (disks, {"cases": DISKS[::5] + DISKS[-1:]}, {"cases": DISKS}),
     "checkpoints": (damaged_checkpoints, {"n": 40}, {"n": 1000}),
-    "resumed": (damaged_then_resumed, {"real": False}, {"real": True}),
     "data": (damaged_data, {}, {}),
     "signals": (signals, {"cases": SHORT}, {"cases": SIGNALS}),
-    "compiling": (signals, {"cases": COMPILING[:1], "compiled": True}, {"cases": COMPILING, "compiled": True}),
+    "compiling": (signals, {"cases": COMPILING[:1], **COMPILED}, {"cases": COMPILING, **COMPILED}),
     "second": (second_process, {}, {}),
-    "strangers": (strangers, {"real": False}, {"real": True}),
+    "strangers": (strangers, {}, {}),
     "machine": (other_machine, {}, {}),
-    "threads": (other_threads, {}, {}),
     "memory": (memory, {"steps": 300}, {"steps": 2000}),
     "fuzz": (fuzz, {"n": 200}, {"n": 2000}),
-    "commands": (fuzz, {"n": 6, "real": True}, {"n": 100, "real": True})}
-
-
-def run_part(name, args):
-    part, _, how = PARTS[name]
-    counts = {"kills": args.kills, "preparation": max(4, args.kills // 4), "fuzz": args.fuzz, "checkpoints": 1000,
-              "commands": max(4, args.fuzz // 20)}
-    if name in counts:
-        how = {**how, "n": counts[name], "seed": args.seed}
-    with tempfile.TemporaryDirectory(prefix="torture_") as folder:
-        try:
-            return part(Path(folder).resolve(), **how)
-        except SkipTest as e:
-            return Row(name, 0, 0, 0, f"SKIPPED: {e}")
-        except Exception as e:
-            traceback.print_exc()
-            return Row(name, "", "", "FAILED", (str(e).splitlines() or [type(e).__name__])[0][:100])
+    "commands": (fuzz, {"n": 5, "real": True}, {"n": 100, "real": True})}
 
 
 def main():
     parser = argparse.ArgumentParser(prog="python -m tests.torture", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kills", type=int, default=100, help="SIGKILLs of a training [100]")
-    parser.add_argument("--fuzz", type=int, default=2000, help="inputs in one process; a twentieth as commands [2000]")
-    parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS), metavar="PART", help=" ".join(PARTS))
-    parser.add_argument("--seed", type=int, default=0, help="of all that is random [0]")
-    args, rows, began = parser.parse_args(), {}, time.monotonic()
+    add = parser.add_argument
+    add("--kills", type=int, default=100, help="SIGKILLs of a training [100]")
+    add("--fuzz", type=int, default=2000, help="inputs bent, in one process [2000]")
+    add("--only", nargs="+", choices=PARTS, default=PARTS, metavar="PART", help=" ".join(PARTS))
+    add("--seed", type=int, default=0, help="of all that is random [0]")
+    args, rows, began = parser.parse_args(), [], time.monotonic()
     for name in args.only:
-        start = time.monotonic()
-        rows[name] = run_part(name, args)
-        print(f"{name}, {time.monotonic() - start:.0f} s: {' | '.join(map(str, rows[name]))}", flush=True)
-    print(f"\ntorch {torch.__version__}, {os.cpu_count()} cores, {time.monotonic() - began:.0f} s\n\n"
-          "| fault | injected | resumed | lost | |\n| --- | ---: | ---: | ---: | --- |")
-    for row in rows.values():
+        part, _, how = PARTS[name]
+        if "n" in how:
+            how = {**how, "n": getattr(args, name, how["n"]), "seed": args.seed}
+        with tempfile.TemporaryDirectory(prefix="torture_") as folder:
+            try:
+                rows.append(part(Path(folder).resolve(), **how))
+            except SkipTest as e:
+                rows.append(Row(name, 0, 0, 0, f"SKIPPED: {e}"))
+            except Exception as e:
+                traceback.print_exc()
+                rows.append(Row(name, "", "", "FAILED", repr(e)[:100]))
+        print(f"{time.monotonic() - began:.0f} s: {rows[-1]}", flush=True)
+    print("| fault | injected | resumed | lost | |\n| --- | ---: | ---: | ---: | --- |")
+    for row in rows:
         print(f"| {' | '.join(map(str, row))} |")
-    failed = [name for name, row in rows.items() if row.lost not in (0, "raises")]
-    sys.exit(f"failed: {', '.join(failed)}" if failed else 0)
+    sys.exit(any(row.lost for row in rows))
 
 
 if __name__ == "__main__":
