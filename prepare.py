@@ -69,8 +69,10 @@ def open_data(folder):
         if meta["sha256"] != meta_digest(meta):
             raise ValueError("meta.json was changed")
         for key, value in describe(folder).items():
-            if meta[key] != value:
-                raise ValueError(f"{key} is {value}, but meta.json says {meta[key]}")
+            if meta.get(key, "") != value:
+                raise ValueError(f"{key} is {value}, but meta.json says {meta.get(key)}")
+        if type(meta["val_bytes"]) is not int:
+            raise ValueError("val_bytes in meta.json is no whole number")
         data = Data(read_ids(folder, "train"), read_ids(folder, "val"), meta, folder)
         largest = max(data.train.max(), data.val.max())
         if largest >= meta["vocab_size"]:
@@ -90,10 +92,9 @@ def describe(folder):
     for side in ("train", "val"):
         ids = read_ids(folder, side)
         facts |= {f"{side}_tokens": len(ids), f"{side}_sha256": hashlib.sha256(ids).hexdigest()}
-    tokenizer = folder / "tokenizer" / "tokenizer.json"
-    if tokenizer.exists():
-        facts["tokenizer_sha256"] = hashlib.sha256(tokenizer.read_bytes()).hexdigest()
-    return facts
+    file = folder / "tokenizer" / "tokenizer.json"
+    digest = hashlib.sha256(file.read_bytes()).hexdigest() if file.exists() else ""
+    return {**facts, "tokenizer_sha256": digest}
 
 
 def write_meta(folder, tokenizer, facts):
@@ -476,7 +477,7 @@ def parse_args(argv=None):
     first, *more = args.input or [""]
     is_pattern = glob.has_magic(first) and not os.path.exists(first)
     is_corpus = more or is_pattern or os.path.isdir(first) or first.lower().endswith(CORPUS)
-    if is_corpus or "--dataset" in rest:
+    if is_corpus or any(word.startswith("--dataset") for word in rest):
         words = shlex.join(sys.argv[1:] if argv is None else argv)
         parser.error(f"for many documents: python -m tools.corpus {words}")
     if rest:

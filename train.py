@@ -136,7 +136,7 @@ def get_batch(run):
 
 # Three odd polynomials a x + b x^3 + c x^5, each the best for what the one before leaves, that bring
 # [0.01, 1] to [0.73, 1.27]. Amsel et al. 2025, "The Polar Express" (arXiv:2505.16932).
-POLYNOMIALS = ((8.093, -23.62, 17.45), (3.637, -2.722, 0.5365), (2.661, -1.977, 0.4526))
+POLYNOMIALS = (8.093, -23.62, 17.45), (3.637, -2.722, 0.5365), (2.661, -1.977, 0.4526)
 
 
 def orthogonal(x):
@@ -741,7 +741,7 @@ def parse_args(argv):
     if rest:
         name = rest[0].lstrip("-").partition("=")[0]
         near = difflib.get_close_matches(name, KEYS, 1, 0.5) or ["--help"]
-        fail(f"unknown key {name}; near it: {near[0]}", 2)
+        fail(f"there is no key {name}: did you mean {near[0]}?", 2)
     if args.resume and args.resume.endswith(".py"):
         fail(f"--resume {args.resume}: that is a recipe; write train.py {args.resume} --resume", 2)
     return {name: getattr(args, name) for name in KEYS if hasattr(args, name)}, args
@@ -788,9 +788,6 @@ def find_run(overrides, args):
     foreign = [name for name in ours if (out / name).exists()]
     if foreign and not (out / "run.json").exists() and not checkpoints(out):
         fail(f"out_dir = {out} holds files of something else ({foreign[0]}): choose another", 2)
-    if checkpoints(out) and source is None:
-        fail(f"{out} holds a run: go on with --resume, choose another --out_dir, or delete it: "
-             f"rm -r {shlex.quote(str(out))}", 2)
     if args.resume == "auto" and not checkpoints(out):
         source = None
     return out, source
@@ -798,6 +795,9 @@ def find_run(overrides, args):
 
 def load_run(out, source, overrides):
     """(config, state): state is the checkpoint's dict, or None where a run is to start."""
+    if source is None and checkpoints(out):
+        fail(f"{out} holds a run: go on with --resume, choose another --out_dir, or delete it: "
+             f"rm -r {shlex.quote(str(out))}", 2)
     if source is None:
         return TrainConfig(**overrides), None
     try:
@@ -1014,19 +1014,23 @@ def main(argv=None):
         lock.release(force=True)
         if log:
             log.bar.close()
-    if run.machine.world_size > 1:
-        # gloo's threads outlive the group; one at work aborts an ending process (pytorch #190489)
-        dist.barrier()
-        dist.destroy_process_group()
+    code = 128 + (stop.signum or signal.SIGTERM) if stop.asked else 0
     written = f"{out / f'step_{run.step:06d}.pt'} is written"
-    if stop.asked:
+    if code:
         show(f"stopped at step {run.step}; {written}. Go on with: {again}")
-        raise SystemExit(128 + (stop.signum or signal.SIGTERM))
-    option = "" if out == Path("out") else f" --checkpoint {shlex.quote(str(out))}"
-    show(f"done: {run.step} steps; {written}. Next: python sample.py --prompt \"ROMEO:\"{option}")
-    if run.best and run.best["step"] < run.step:
-        show(f"The held-out loss was lowest at step {run.best['step']}: "
-             f"python sample.py --checkpoint {shlex.quote(str(out / 'best'))} takes that one")
+    else:
+        option = "" if out == Path("out") else f" --checkpoint {shlex.quote(str(out))}"
+        show(f"done: {run.step} steps; {written}. "
+             f"Next: python sample.py --prompt \"ROMEO:\"{option}")
+        if run.best and run.best["step"] < run.step:
+            show(f"The held-out loss was lowest at step {run.best['step']}: "
+                 f"python sample.py --checkpoint {shlex.quote(str(out / 'best'))} takes that one")
+    if run.machine.world_size > 1:
+        # An ending process waits for gloo's threads, which wait for Python: it would hang, or abort
+        # (pytorch #190489).
+        dist.barrier()
+        os._exit(code)
+    raise SystemExit(code)
 
 
 if __name__ == "__main__":

@@ -75,7 +75,7 @@ def test_two_processes_have_the_losses_of_one(optimizer, rel, data, tmp_path):
 
 def test_one_process_writes_and_prints_and_each_has_random_numbers_of_its_own(undisturbed):
     out, (first, second) = undisturbed
-    assert "processes 2" in first and f"step {STEPS}/{STEPS} |" in first and not second, second
+    assert "processes 2" in first and f"step {STEPS}/{STEPS}: " in first and not second, second
     files = {path.name for path in out.iterdir()} - {".lock"}
     assert files == {"metrics.jsonl", "run.json", "tokenizer", *intact(out)}
     assert [line["step"] for line in metrics(out)] == list(range(1, STEPS + 1))
@@ -91,7 +91,7 @@ def test_killed_at_two_processes_resumes_to_the_same_bits(data, undisturbed, tmp
             p.kill()
     assert 10 <= train.step_of(train.checkpoints(out)[-1]) < STEPS
     text, _ = run_two(tmp_path, keys(data))
-    assert "going on" in text and "→" not in text
+    assert "resuming from" in text and "→" not in text
     assert lost_bits(undisturbed[0], out) == 0
 
 
@@ -119,7 +119,7 @@ def test_killed_worker_is_restarted_and_goes_on_by_itself(data, undisturbed, tmp
             return last_step(out) >= 12
         p.until(is_there)
         os.kill(first[0], signal.SIGKILL)
-        expect(p.wait() == 0 and "going on" in p.text, p.text)
+        expect(p.wait() == 0 and "resuming from" in p.text, p.text)
     assert lost_bits(undisturbed[0], out) == 0
 
 
@@ -140,14 +140,14 @@ def test_sigterm_to_torchrun_saves_and_two_nodes_go_on(data, undisturbed, tmp_pa
             nodes.append(stack.enter_context(torchrun(tmp_path, *keys(data), agent=agent)))
         for p in nodes:
             expect(p.wait() == 0, *(p.text for p in nodes))
-        assert "going on" in nodes[0].text and "step " not in nodes[1].text
+        assert "resuming from" in nodes[0].text and "step " not in nodes[1].text
     assert lost_bits(undisturbed[0], out) == 0
 
 
 @pytest.mark.parametrize("second, argv, word", [
     ("first", ["--batch_size=3"], "batch_size = 3"),
     ("no data", [], "no prepared data"),
-    ("no checkpoints", [], "process 1 at step 0")])
+    ("no checkpoints", [], "steps [2, 0]")])
 def test_where_one_process_cannot_start_all_end(second, argv, word, data, tmp_path):
     """Nobody waits for it, and nothing is trained."""
     first, second = tmp_path / "first", tmp_path / second

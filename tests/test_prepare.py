@@ -95,8 +95,8 @@ def test_the_real_text_has_the_golden_ids_and_is_cut_where_nanogpt_cuts_it(
     assert data.train[:16].tolist() == start and len(data.train) == 305_111
     assert hashlib.sha256(data.train.tobytes() + data.val.tobytes()).hexdigest() == GOLDEN
     assert texts_of(data_dir) == [text[:1_003_854], text[1_003_854:]]  # int(0.9 * len(text))
-    expected = {"vocab_size": 49_152, "eos_token_id": 0, "tokens": 341_094, "stand_in": None,
-                "characters": 1_115_394, "bytes": 1_115_394, "unrepresentable": 0,
+    expected = {"vocab_size": 49_152, "eos_token_id": 0, "stand_in": None,
+                "characters": 1_115_394, "bytes": 1_115_394,
                 "val_characters": 111_540, "val_bytes": 111_540, "val_fraction": 0.1}
     assert data.meta | expected == data.meta and str(real_data) not in str(data.meta)
     # AutoTokenizer loses Digits on the published folder (transformers 5.23), not on ours.
@@ -138,7 +138,7 @@ def test_every_byte_is_kept_but_the_byte_order_mark(run, which, request, monkeyp
     if below:  # the real one has no tokens for 21 bytes
         atoms = [a for a in atoms if backend.decode(backend.encode(a).ids, False) == a]
     text = "".join(random.Random(1).choices(atoms, k=50_000))
-    assert prepare.is_cuttable(backend) and len(list(prepare.cut(text))) > 10_000
+    assert prepare.is_cuttable(backend) and len(list(prepare.cut(text, 1))) > 5_000
     write("text.txt", "\ufeff" + text)
     argv = ["--input", "text.txt", "--val_fraction", 0.3, "--tokenizer", folder]
     assert run(*argv).code == 0
@@ -177,7 +177,6 @@ def test_characters_without_a_token_are_an_error_unless_allowed(run, stand_in):
     assert not Path("data/shakespeare").exists()
     code, _, err = run(*argv, "--allow_unrepresentable")
     assert code == 0 and "U+0004" in err and "".join(texts_of()) == PROSE * 10 + "\u0104"
-    assert prepare.open_data("data/shakespeare").meta["unrepresentable"] == 3
 
 
 @pytest.mark.slow

@@ -159,11 +159,11 @@ def test_a_second_process_in_the_same_out_dir_is_refused(data, run):
     with training(Path.cwd(), data, "--max_steps=100000") as process:
         process.until(at(6))
         process.signal(signal.SIGSTOP)
-        for argv in ([], ["--overwrite"], ["--resume"], ["--resume=auto"]):
+        for argv in ([], ["--resume"], ["--resume=auto"]):
             refused(run("--max_steps=1", *argv), "another process", "out", "--out_dir", code=1)
         assert run("--max_steps=1", "--out_dir=another").code == 0
         process.kill()
-    assert run("--max_steps=1", "--overwrite").code == 0  # the lock goes with its process
+    assert run("--max_steps=1", "--resume").code == 0  # the lock goes with its process
 
 
 # ---- stopped anywhere; and what a loss looks like ----
@@ -284,15 +284,12 @@ def test_from_an_older_checkpoint_the_steps_repeat_and_later_files_are_set_aside
     assert aside == ["step_000006.pt", "step_000008.pt"]
 
 
-def test_a_finished_run_stays_as_it_is_unless_it_is_to_be_overwritten(finished, run):
+def test_a_finished_run_stays_as_it_is(finished, run):
     before = snapshot(finished)
     for result in (resume(), run("--resume=auto", "--max_steps=8")):
         assert result.code == 0 and "finished" in result.out and "--max_steps=" in result.out
-    refused(run(), "out holds a run", "--resume", "--out_dir", "--overwrite")
+    refused(run(), "out holds a run", "--resume", "--out_dir", "rm -r out")
     assert snapshot(finished) == before
-    assert run("--overwrite", "--max_steps=3").code == 0
-    assert [p.name for p in train.checkpoints("out")] == ["step_000003.pt"]
-    assert [line["step"] for line in metrics("out")] == [1, 2, 3]
 
 
 def test_a_longer_run_keeps_the_learning_rate_horizon_and_other_intervals_are_no_change(
@@ -410,7 +407,7 @@ def test_files_of_anyone_else_are_left_alone(name, run):
     file = Path("out", name)
     file.parent.mkdir(parents=True)
     file.write_text("mine")
-    for argv in ([], ["--overwrite"], ["--resume=auto"]):
+    for argv in ([], ["--resume=auto"]):
         refused(run("--max_steps=1", *argv), "out", name.partition("/")[0])
     assert snapshot("out") == {name: b"mine"}
 

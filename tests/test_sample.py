@@ -159,7 +159,7 @@ def test_the_newest_whole_checkpoint_of_out_is_the_default_and_best_the_best(tra
 
 
 BAD = ["--temperature=-1", "--temperature=nan", "--temperature=hot", "--top_k=1.5", "--top_p=1.1",
-       "--repetition_penalty=0", "--max_new_tokens=0", "--num_samples=0", "--seed=-1", "--stop=",
+       "--max_new_tokens=0", "--num_samples=0", "--seed=-1", "--stop=",
        "--dtype=int8", "--device=tpu9", "--temprature=1", "--prompt=\udcff", "--prompt=-"]
 
 

@@ -24,8 +24,7 @@ HARD_TEXTS = [
     "2024 is 3.14159", "\N{ROCKET}\N{FAMILY} e\u0301t\xe9 \u4f60\u597d",
     "def f(x):\n\treturn x**2  # {}\n", "a\r\nb\rc\n\n  d ", "a\0b",
     "First Citizen:\n  To be \u2026\n\n<|endoftext|><|im_start|>x"]
-VALUES = {"Seed": 7, "Length": 20, "Temperature": 0.9, "Top-k": 30, "Top-p": 0.95,
-          "Repetition penalty": 1.1}
+VALUES = {"Seed": 7, "Length": 20, "Temperature": 0.9, "Top-k": 30, "Top-p": 0.95}
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
 CHROMIUM = next(filter(None, map(shutil.which, BROWSERS)), None)
 
@@ -282,7 +281,7 @@ def test_demo_finds_runs_and_exports_and_writes_what_sample_writes(run_dir, expo
     *_, shown = demo.show([], "me", "bard", files[1], "To be", "", *VALUES.values())
     left, right, line, line_right, plain, stop = shown
     done = run_main(sample.main, "--checkpoint=bard", "--seed=7", "--max_new_tokens=20",
-                    "--temperature=0.9", "--top_k=30", "--top_p=0.95", "--repetition_penalty=1.1",
+                    "--temperature=0.9", "--top_k=30", "--top_p=0.95",
                     "--prompt=To be")
     assert plain + "\n" == done.out
     assert re.fullmatch(r"20 tokens, [\d,]+ per second: done", line)
