@@ -18,7 +18,7 @@ import sample
 import train
 from model import SmolLM2Config, from_pretrained
 from tests.harness import ROOT, TINY, Process, assert_refused, expect_end, metrics, run_main
-from tools import bench, demo, export, plot
+from tools import bench, demo, export, plot, tensorboard
 
 HARD_TEXTS = [
     "2024 is 3.14159", "\N{ROCKET}\N{FAMILY} e\u0301t\xe9 \u4f60\u597d",
@@ -230,6 +230,27 @@ def test_a_plot_says_what_it_shows_from_the_first_step_on(run_dir, monkeypatch):
         assert "steps" in loss.get_xlabel()
 
 
+@needs("tensorboard")
+def test_tensorboard_gets_every_step_once_however_often_it_is_asked(run_dir):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    for _ in range(2):
+        assert run_main(tensorboard.main, run_dir).code == 0
+    events = EventAccumulator(str(run_dir / "tensorboard" / "out")).Reload()
+    assert [event.step for event in events.Scalars("loss/training")] == list(range(1, 13))
+    assert [event.step for event in events.Scalars("loss/held-out")] == [4, 8, 12]
+    assert "recipe/text_summary" in events.Tags()["tensors"]
+
+
+@pytest.mark.slow
+def test_the_benchmark_of_a_gpus_first_day_runs_through_in_a_small_form(data_dir, tmp_path):
+    report = tmp_path / "bench.json"
+    done = run_main(bench.main, "exact", "fast", "muon", "--shapes=1x16", "--runs=1",
+                    f"--data_dir={data_dir}", f"--output={report}")
+    assert done.code == 0, done.err
+    assert done.out.count("the same bits") == 2 and "1x16 Muon" in done.out
+    assert json.loads(report.read_text())["exact"] == {"second": True, "resumed": True}
+
+
 @pytest.mark.parametrize("tool, argv, code, told", [
     (export, ("nowhere", "x"), 1, "nowhere"), (export, ("x",), 2, "folder"),
     (export, ("out", "x", "--push_to_hub", "name"), 2, "USER/NAME"),
@@ -239,7 +260,7 @@ def test_a_plot_says_what_it_shows_from_the_first_step_on(run_dir, monkeypatch):
     (plot, ("list",), 1, "line 1"), (plot, ("binary",), 1, "binary"),
     (plot, ("empty",), 1, "nothing"), (bench, ("nonsense",), 2, "nonsense"),
     (bench, ("train", "--shapes=4"), 2, "BxT"), (bench, ("--runs=0",), 2, "--runs"),
-    (bench, ("--what",), 2, "--what"),
+    (bench, ("--what",), 2, "--what"), (tensorboard, ("nowhere",), 1, "nowhere"),
     pytest.param(demo, (), 1, "train.py", marks=needs("gradio"))])
 def test_what_one_types_wrong_is_one_line(tool, argv, code, told):
     for name, content in [("bad", b"{}\n{}\n"), ("list", b"[1]\n"), ("binary", b"\xff\n"),
