@@ -8,6 +8,11 @@ The first nine tenths of the characters train, the rest is held out, as nanoGPT 
 A "<|endoftext|>" in it is text like any other. A byte order mark is dropped, every other byte kept
 (line ends too): the ids are decoded and compared with the text.
 """
+import sys
+
+if sys.version_info < (3, 11):
+    sys.exit(f"Python 3.11 or newer is needed, and this is {sys.version.split()[0]}")
+
 import argparse
 import contextlib
 import functools
@@ -19,7 +24,6 @@ import re
 import shlex
 import shutil
 import signal
-import sys
 import time
 import urllib.request
 from dataclasses import dataclass

@@ -353,6 +353,26 @@ def test_programs_call_generate(demo_url, run_dir):
 
 @pytest.mark.slow
 @needs("gradio")
+def test_a_space_starts_from_the_folder_that_one_command_writes(exported, tmp_path):
+    import gradio
+    from gradio_client import Client
+    space = tmp_path / "space"
+    assert run_main(demo.main, "--checkpoint", exported, "--space", space).code == 0
+    assert f"sdk_version: {gradio.__version__}" in (space / "README.md").read_text()
+    needed = (space / "requirements.txt").read_text().split()
+    assert [line.partition("==")[0] for line in needed] == ["torch", "transformers", "numpy"]
+    with Process(["app.py"], space, GRADIO_SERVER_PORT="7979") as process:
+        process.until(lambda: "open http" in process.text)
+        client = Client("http://127.0.0.1:7979", verbose=False)
+        text = client.predict(checkpoint="bard", prompt="To be", length=9, temperature=0,
+                              api_name="/generate")
+    assert greedy(exported, 9).startswith("To be") and text
+    assert_refused(run_main(demo.main, "--checkpoint", "bard", "--space", space), "tools.demo",
+                   "space", code=2)
+
+
+@pytest.mark.slow
+@needs("gradio")
 @pytest.mark.skipif(not CHROMIUM, reason="no Chromium is installed: apt-get install chromium")
 def test_demo_in_a_browser(demo_url):
     """Text streams; two side by side; they stop, and one goes on; nothing comes from elsewhere."""

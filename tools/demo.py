@@ -2,15 +2,15 @@
 
     python -m tools.demo                                # the runs out*/ and exported folders here
     python -m tools.demo --checkpoint HuggingFaceTB/SmolLM2-135M --port 8000
+    python -m tools.demo --checkpoint exported/ --space space/    # a folder to push to a Space
 
-It listens on this machine only and reports nothing to anyone. Programs call /generate. As a Hugging
-Face Space: this project's files, `sdk: gradio` and `app_file: tools/demo.py` in the front matter of
-README.md, both requirements.txt in one, and the variable CHECKPOINT set to the model's hub name.
+It listens on this machine only and reports nothing to anyone. Programs call /generate.
 """
 import argparse
 import html
 import os
 import random
+import shutil
 import sys
 import threading
 import time
@@ -18,7 +18,6 @@ from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a Space runs this file
 os.environ.update(GRADIO_ANALYTICS_ENABLED="False", HF_HUB_DISABLE_TELEMETRY="1")
 
 CSS = """main.fillable {max-width: 1240px !important; margin: auto; padding: 16px !important}
@@ -234,6 +233,50 @@ def page(asked):
     return blocks
 
 
+FRONT_MATTER = """\
+---
+title: SmolLM2, trained from scratch
+sdk: gradio
+sdk_version: {gradio}
+python_version: "3.11"
+app_file: app.py
+---
+"""
+APP = """\
+import os
+
+os.environ.setdefault("CHECKPOINT", {names!r})
+from tools.demo import main
+
+main([])
+"""
+
+
+def write_space(folder, names):
+    """Writes a folder that is a Hugging Face Space as it stands: page, scripts, model folders."""
+    root = Path(__file__).resolve().parent.parent
+    try:
+        (folder / "tools").mkdir(parents=True)
+        for file in ("model.py", "train.py", "prepare.py", "sample.py", "tools/__init__.py",
+                     "tools/demo.py", "tools/plot.py"):
+            shutil.copy(root / file, folder / file)
+        for i, name in enumerate(names):
+            if Path(name).is_dir():
+                names[i] = Path(name).resolve().name
+                shutil.copytree(name, folder / names[i])
+    except FileExistsError:
+        fail(f"--space {folder}: is there already; name another", 2)
+    pinned = [line.split()[0] for file in ("requirements.txt", "tools/requirements.txt")
+              for line in (root / file).read_text().splitlines() if "==" in line]
+    versions = dict(line.split("==") for line in pinned)
+    needed = [f"{name}=={versions[name]}" for name in ("torch", "transformers", "numpy")]
+    (folder / "requirements.txt").write_text("\n".join(needed) + "\n")
+    (folder / "README.md").write_text(FRONT_MATTER.format_map(versions))
+    (folder / "app.py").write_text(APP.format(names=" ".join(names)))
+    print(f"{folder} is written: create a Gradio Space, and push this folder to it, as in\n"
+          f"hf upload --repo-type space USER/NAME {folder}")
+
+
 def main(argv=None):
     parser = argparse.ArgumentParser(prog="python -m tools.demo", description=__doc__,
                                      allow_abbrev=False,
@@ -244,7 +287,12 @@ def main(argv=None):
         help="as for sample.py; several become a choice [the variable CHECKPOINT, else all here]")
     add("--port", type=int, help="of the page [the first free one from 7860 on]")
     add("--host", help="0.0.0.0 lets others in [the variable GRADIO_SERVER_NAME, else 127.0.0.1]")
+    add("--space", type=Path, metavar="FOLDER", help="write a Space with --checkpoint, and end")
     args = parser.parse_args(argv)
+    if args.space:
+        if not args.checkpoint:
+            fail("--space: name exported folders or hub names with --checkpoint", 2)
+        return write_space(args.space, args.checkpoint)
     try:
         import gradio as gr
     except ImportError:
