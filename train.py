@@ -651,7 +651,7 @@ def set_up_machine(config):
         keep_freed_memory()
     if world_size > 1:
         store, patience = None, timedelta(minutes=30)  # the first process may be preparing data
-        if "TORCHELASTIC_RESTART_COUNT" in os.environ:
+        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
             # torchrun's store outlives a restart, with the addresses of the dead (pytorch #135712).
             address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
             store = dist.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"],
