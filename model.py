@@ -28,7 +28,7 @@ def key(default, help, **facts):
 
 @dataclass
 class SmolLM2Config:
-    vocab_size: int = key(49152, "rows of the embedding, which is the head, too")
+    vocab_size: int = key(49152, "rows of the embedding, which is also the head")
     hidden_size: int = key(576, "width of the residual stream")
     intermediate_size: int = key(1536, "width inside the MLP")
     num_hidden_layers: int = key(30, "decoder layers")
@@ -48,7 +48,7 @@ PAGE = 64  # positions in a page of the key/value cache
 
 
 def linear(x, weight):
-    """x (..., in_features) @ weight.T."""
+    """x (..., in_features) @ weight.T; a bias would not be seen."""
     if torch.compiler.is_compiling() and x.numel() == x.size(-1):
         # A single row, as in decoding one text: this reads the weights at the memory's speed,
         # F.linear at a third of it on a CPU.
@@ -105,7 +105,10 @@ def has_gqa_kernel(device_type, capability, dtype):
 
 
 def attention(q, k, v):
-    """Causal attention (B, H, T, D) of q (B, H, T, D) over k and v (B, H_kv, T, D)."""
+    """Causal attention (B, H, T, D) of q (B, H, T, D) over k and v (B, H_kv, T, D).
+
+    The next two functions compute the same where that is faster: a change belongs into all three.
+    """
     device = q.device
     if device.type == "cpu" and torch.compiler.is_compiling():
         return cpu_attention(q, k, v)
@@ -420,7 +423,8 @@ def sample_token(logits, temperature=1.0, top_k=0, top_p=1.0, generator=None):
         return logits.argmax(-1)
     ids = None
     if top_k or top_p < 1:
-        logits, ids = logits.topk(top_k or logits.size(1))  # sorted, the likeliest first
+        V = logits.size(1)
+        logits, ids = logits.topk(min(top_k or V, V))  # sorted, the likeliest first
     probs = torch.softmax((logits - logits.amax(-1, keepdim=True)) / temperature, dim=-1)
     if top_p < 1:
         before = probs.cumsum(-1) - probs

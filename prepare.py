@@ -429,7 +429,7 @@ def progress(total, unit):
 
 @contextlib.contextmanager
 def command(program):
-    """What ends the work within early becomes one line on standard error and an exit code."""
+    """Turns an early end of the work within into one line on standard error and an exit code."""
     def stop(signum, frame):
         fail(program, f"stopped by {signal.Signals(signum).name}", 128 + signum)
 

@@ -136,7 +136,7 @@ class Streamer:
         return text
 
 
-def write(streams, tokens, eos):
+def stream_texts(streams, tokens, eos):
     """Yields (number of the text, piece of it) as the tokens of all texts, (B,) a step, come."""
     for step in tokens:
         for i, (stream, token) in enumerate(zip(streams, step.tolist())):
@@ -150,10 +150,10 @@ def write(streams, tokens, eos):
 
 def advice(state):
     """A hint where the best held-out loss was before the checkpoint that is taken."""
-    best, folder = state["best"], state["file"].parent
-    if not best or best["step"] >= state["step"]:
-        return ""
-    return f" (the held-out loss was lowest at step {best['step']}: --checkpoint {folder}/best)"
+    step, folder = (state["best"] or state)["step"], state["file"].parent
+    if step < state["step"] and (folder / f"step_{step:06d}.pt").exists():
+        return f" (the held-out loss was lowest at step {step}: --checkpoint {folder}/best)"
+    return ""
 
 
 def main(argv=None):
@@ -182,7 +182,7 @@ def main(argv=None):
              "positions: lower --max_new_tokens")
     idx = torch.tensor([ids] * args.num_samples, device=device)  # (num_samples, T)
     tokens = generate(model, idx, n, worth_compiling(device, n), temperature=args.temperature,
-                      top_k=min(args.top_k, model.config.vocab_size), top_p=args.top_p,
+                      top_k=args.top_k, top_p=args.top_p,
                       generator=torch.Generator(device).manual_seed(args.seed))
     streams = [Streamer(tokenizer, ids, args.stop) for _ in range(args.num_samples)]
     texts = [args.prompt] * args.num_samples
@@ -190,7 +190,7 @@ def main(argv=None):
     is_live = args.num_samples == 1  # one text is printed as it comes, several when all are done
     if is_live:
         print(args.prompt, end="", flush=True)
-    for i, piece in write(streams, tokens, tokenizer.eos_token_id):
+    for i, piece in stream_texts(streams, tokens, tokenizer.eos_token_id):
         texts[i] += piece
         if is_live:
             print(piece, end="", flush=True)

@@ -45,8 +45,8 @@ from model import (SmolLM2, SmolLM2Config, compiler_problem, from_pretrained, ge
 class TrainConfig(SmolLM2Config):
     """Every key of a recipe and of the command line; the model's sizes are inherited.
 
-    zero: the value may be 0 or empty. free: it may change on resume without a word; what the
-    machine's keys do to the bits is told by Machine.fingerprint."""
+    zero: the value may be 0 or empty. free: a resumed run may change it without a word. (Whether
+    another device, dtype or thread count changes the bits, Machine.fingerprint tells.)"""
     # the run
     out_dir: str = key("out", "where checkpoints, metrics and samples are written", free=True)
     data_dir: str = key("data/shakespeare", "made by prepare.py or tools.corpus", free=True)
@@ -71,7 +71,7 @@ class TrainConfig(SmolLM2Config):
     beta1: float = key(0.9, "decay of the gradient's running mean", zero=True)
     beta2: float = key(0.95, "decay of its square's running mean", zero=True)
     grad_clip: float = key(1.0, "largest norm of the gradient (0: no clipping)", zero=True)
-    # intervals, in steps (0: never)
+    # what is shown, measured and kept; intervals in steps (0: never)
     log_interval: int = key(10, "a line where no progress bar is shown", zero=True, free=True)
     eval_interval: int = key(250, "the held-out loss", zero=True, free=True)
     eval_tokens: int = key(1_000_000, "held-out tokens it reads at most", free=True)
@@ -84,12 +84,6 @@ class TrainConfig(SmolLM2Config):
                      choices=("auto", "float32", "bfloat16", "float16"))
     compile: bool = key(True, "torch.compile, where it works", free=True)
     deterministic: bool = key(True, "the same bits in every run; costs speed on a GPU", free=True)
-@dataclass
-class Machine:
-    device: torch.device
-    dtype: torch.dtype
-    compile: bool
-    deterministic: bool = True
 
 
 KEYS = {f.name: f for f in fields(TrainConfig)}
@@ -134,9 +128,9 @@ def get_batch(run):
 # ------------------------------------------------------------------- optimizer, step, held-out loss
 
 
-# Three odd polynomials a x + b x^3 + c x^5, each the best for what the one before leaves, that bring
+# Odd polynomials a x + b x^3 + c x^5, each the best for what the one before leaves, that bring
 # [0.01, 1] to [0.73, 1.27]. Amsel et al. 2025, "The Polar Express" (arXiv:2505.16932).
-POLYNOMIALS = (8.093, -23.62, 17.45), (3.637, -2.722, 0.5365), (2.661, -1.977, 0.4526)
+POLYNOMIALS = [(8.093, -23.62, 17.45), (3.637, -2.722, 0.5365), (2.661, -1.977, 0.4526)]
 
 
 def orthogonal(x):
@@ -151,18 +145,20 @@ def orthogonal(x):
 class Muon(torch.optim.Optimizer):
     """Momentum made orthogonal: Jordan 2024 (kellerjordan.github.io/posts/muon).
 
-    The matrices of a group are stacked and updated at once, those of attention head by head: each
-    has `rows` rows, after a transposition where a group is `turned`. dtype: of the products."""
+    The matrices of a group are stacked and updated at once, cut into pieces of `rows` rows (after a
+    transposition where a group is `turned`): heads, or 256 of the MLP's inner features, a third of
+    the work of whole matrices. A row of an update has norm one on average. dtype: of the products.
+    """
 
     def __init__(self, layers, lr, weight_decay, dtype):
-        D, C = layers[0].self_attn.head_dim, layers[0].mlp.down_proj.out_features
+        D, C = layers[0].self_attn.head_dim, math.gcd(layers[0].mlp.down_proj.in_features, 256)
         kinds = {"self_attn.q_proj": (D, False), "self_attn.k_proj": (D, False),
                  "self_attn.v_proj": (D, False), "self_attn.o_proj": (D, True),
-                 "mlp.gate_proj": (C, True), "mlp.up_proj": (C, True), "mlp.down_proj": (C, False)}
+                 "mlp.gate_proj": (C, False), "mlp.up_proj": (C, False), "mlp.down_proj": (C, True)}
         groups = []
         for name, (rows, turned) in kinds.items():
             params = [layer.get_submodule(name).weight for layer in layers]
-            scale = max(1, params[0].size(0) / params[0].size(1)) ** 0.5
+            scale = (params[0].size(0) / params[0].size(1)) ** 0.5 if turned else 1.0
             groups.append({"params": params, "rows": rows, "turned": turned, "scale": scale})
         super().__init__(groups, {"lr": lr, "weight_decay": weight_decay})
         self.dtype = dtype
@@ -190,15 +186,16 @@ class Muon(torch.optim.Optimizer):
 
 def make_optimizers(model, config, dtype):
     """The optimizers by their keys in a checkpoint; "peak_lr" of a group is its rate at the top."""
-    layers = model.model.layers if config.optimizer == "muon" else torch.nn.ModuleList()
-    in_muon = {id(p) for p in layers.parameters() if p.dim() == 2}
+    optimizers, in_muon = {}, set()
+    if config.optimizer == "muon":
+        muon = Muon(model.model.layers, config.muon_learning_rate, config.weight_decay, dtype)
+        in_muon = {id(p) for group in muon.param_groups for p in group["params"]}
+        optimizers["muon"] = muon
     others = [p for p in model.parameters() if id(p) not in in_muon]
     groups = [{"params": [p for p in others if p.dim() == 2], "weight_decay": config.weight_decay},
               {"params": [p for p in others if p.dim() < 2], "weight_decay": 0.0}]
     betas = (config.beta1, config.beta2)
-    optimizers = {"optimizer": torch.optim.AdamW(groups, config.learning_rate, betas, fused=True)}
-    if in_muon:
-        optimizers["muon"] = Muon(layers, config.muon_learning_rate, config.weight_decay, dtype)
+    optimizers["optimizer"] = torch.optim.AdamW(groups, config.learning_rate, betas, fused=True)
     for optimizer in optimizers.values():
         for group in optimizer.param_groups:
             group["peak_lr"] = group["lr"]
@@ -206,7 +203,7 @@ def make_optimizers(model, config, dtype):
 
 
 def lr_factor(config, step):
-    """The rate of the step after `step` done ones, as a part of the highest: in [0, 1].
+    """The factor in [0, 1] by which the highest rates are scaled after `step` steps.
 
     Linear warm-up, decay to min_lr at lr_decay_steps, then min_lr."""
     lowest = config.min_lr / config.learning_rate
@@ -217,7 +214,7 @@ def lr_factor(config, step):
     if step >= end:
         return lowest
     if config.lr_schedule == "wsd":
-        part = min(1, 5 * (1 - step / end))
+        part = min(1, (end - step) / (end - max(0.8 * end, warmup)))
     else:
         part = 0.5 * (1 + math.cos(math.pi * (step - warmup) / (end - warmup)))
     return lowest + part * (1 - lowest)
@@ -233,7 +230,8 @@ def train_step(run, batch, stop=None):
     """One optimizer step on this process's part of a batch.
 
     Returns the mean loss over all processes, nats a token, and the gradient's norm before
-    clipping. Raises FloatingPointError before anything is changed if they are not finite."""
+    clipping. Raises FloatingPointError before anything is changed if they are not finite. Several
+    processes also agree whether to stop after this step, all of them (see Stop)."""
     machine, size = run.machine, run.config.micro_batch_size or len(batch[0])
     parts = list(zip(batch[0].split(size), batch[1].split(size)))
     loss = torch.zeros((), device=machine.device)
@@ -340,7 +338,7 @@ def train(run, log, stop):
             if is_due(run.step, config.sample_interval):
                 show(f"--- sample at step {run.step}\n{write_sample(run)}\n---")
 
-        # A best step is saved between two checkpoints, too, unless there are to be none.
+        # A best step is saved between two checkpoints, too, if the run makes checkpoints at all.
         is_best = is_best and config.checkpoint_interval > 0
         if is_best or is_due(run.step, config.checkpoint_interval):
             save(run, log)
@@ -402,6 +400,9 @@ class Run:
         if is_other_text or state["config"]["block_size"] != self.config.block_size:
             self.epoch += self.sequence > 0  # a place among other blocks: an epoch begins anew
             self.sequence = 0
+        is_other_measure = state["config"]["eval_tokens"] != self.config.eval_tokens
+        if is_other_measure or state["data"]["val"] != self.data.fingerprint()["val"]:
+            self.best = None  # losses of other texts do not compare
 
 
 # ------------------------------------------------------------------------------------- log and stop
@@ -517,7 +518,7 @@ def read_checkpoint(path, **kwargs):
     try:
         state = torch.load(path, map_location="cpu", weights_only=True, **kwargs)
         for name, value in state["config"].items():
-            check_type(name, value, KEYS[name].type)
+            check_type(name, value, KEYS[name].type if name in KEYS else None)
         with torch.device("meta"):
             model = SmolLM2(TrainConfig(**state["config"]))
         # Raises for other names or shapes. (Of a copy: torch leaves a note on what it assigns.)
@@ -646,7 +647,8 @@ def set_up_machine(config):
     on_gpu = device.type == "cuda"
     if on_gpu:
         torch.cuda.set_device(device)
-        torch.set_float32_matmul_precision("high")  # TF32, for the little that is not bf16
+        if dtype != torch.float32:
+            torch.set_float32_matmul_precision("high")  # TF32, for the little that is not half
     if device.type == "cpu":
         keep_freed_memory()
     if world_size > 1:
@@ -721,7 +723,8 @@ def read_recipe(path):
 
 
 def parse_args(argv):
-    """(overrides, args): the keys set by the recipe and, over it, by argv; the other flags."""
+    """(overrides, typed, args): the keys set by the recipe and, over it, by argv; the names of
+    those that argv sets; the other flags."""
     parser = argparse.ArgumentParser("train.py", allow_abbrev=False, description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = partial(fail, code=2)
@@ -735,6 +738,7 @@ def parse_args(argv):
                            metavar=f.type.__name__.upper(),
                            help=f"{f.metadata['help']} [{f.default}]")
     args, rest = parser.parse_known_args(argv)
+    typed = vars(args).keys()
     if args.recipe:
         argv = read_recipe(args.recipe) + argv  # later words win
         args, rest = parser.parse_known_args(argv)
@@ -744,7 +748,7 @@ def parse_args(argv):
         fail(f"there is no key {name}: did you mean {near[0]}?", 2)
     if args.resume and args.resume.endswith(".py"):
         fail(f"--resume {args.resume}: that is a recipe; write train.py {args.resume} --resume", 2)
-    return {name: getattr(args, name) for name in KEYS if hasattr(args, name)}, args
+    return {name: getattr(args, name) for name in KEYS if hasattr(args, name)}, typed, args
 
 
 def check(config, world_size):
@@ -817,7 +821,7 @@ def load_run(out, source, overrides):
     return config, state
 
 
-def open_data(config, overrides, state, machine):
+def open_data(config, typed, state, machine):
     """Opens data_dir; makes the default one where it is missing. Ends the program if unfit."""
     folder = Path(config.data_dir)
     is_missing = not (folder / "meta.json").exists()
@@ -846,18 +850,18 @@ def open_data(config, overrides, state, machine):
     if old["tokenizer"] != new["tokenizer"]:
         fail(f"{folder} has another tokenizer than this run, and its ids mean other texts: restore "
              "the data, or start a new run in another --out_dir")
-    if old != new and "data_dir" not in overrides:
+    if old != new and "data_dir" not in typed:  # (a recipe's name does not tell of the change)
         fail(f"{folder} is not the data that this run was trained on: restore it, or name it with "
              f"--data_dir={shlex.quote(config.data_dir)} to go on all the same")
     return data
 
 
-def name_changes(state, run):
+def report_changes(state, run):
     """Says what is no longer as the checkpoint had it, so that the bits cannot be the same."""
-    bending = [name for name, f in KEYS.items() if not f.metadata.get("free")]
+    fixed = [name for name, f in KEYS.items() if not f.metadata.get("free")]
     then = TrainConfig(**state["config"])  # (a key that is new since has its default)
-    old = {name: getattr(then, name) for name in bending}
-    now = {name: getattr(run.config, name) for name in bending}
+    old = {name: getattr(then, name) for name in fixed}
+    now = {name: getattr(run.config, name) for name in fixed}
     old |= {**state["machine"], "data": state["data"]["train"]}
     now |= {**run.machine.fingerprint(), "data": run.data.fingerprint()["train"]}
     changes = [f"{name} {old.get(name)} → {value}" for name, value in now.items()
@@ -866,7 +870,7 @@ def name_changes(state, run):
         show(f"no longer the same run to the bit, since these differ: {', '.join(sorted(changes))}")
 
 
-def set_up(out, source, overrides):
+def set_up(out, source, overrides, typed):
     """The Run that the loop needs, as the checkpoint left it."""
     config, state = load_run(out, source, overrides)
     model = None
@@ -887,11 +891,11 @@ def set_up(out, source, overrides):
              f"{resume_command(out)} --max_steps={state['step'] + 1000}")
         raise SystemExit(0)
     machine = set_up_machine(config)
-    data = open_data(config, overrides, state, machine)
+    data = open_data(config, typed, state, machine)
     torch.manual_seed(config.seed)
     run = Run(config, model or SmolLM2(config), data, machine)
     if state:
-        name_changes(state, run)
+        report_changes(state, run)
         try:
             run.load(state)
         except Exception as e:  # a stranger's file can be wrong in any way
@@ -975,7 +979,7 @@ def main(argv=None):
     # Nothing that is printed can end a run: a closed pipe or a full disk loses lines, not steps.
     sys.stdout, sys.stderr = prepare.Unbreakable(sys.stdout), prepare.Unbreakable(sys.stderr)
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # until there is something to save
-    overrides, args = parse_args(sys.argv[1:] if argv is None else list(argv))
+    overrides, typed, args = parse_args(sys.argv[1:] if argv is None else list(argv))
     is_first = os.environ.get("RANK", "0") == "0"
     stop, log, run = Stop(), None, None
     out, source = find_run(overrides, args)
@@ -984,7 +988,7 @@ def main(argv=None):
     try:
         if is_first and out.exists():
             lock.acquire()
-        run = set_up(out, source, overrides)
+        run = set_up(out, source, overrides, typed)
         if is_first:
             out.mkdir(parents=True, exist_ok=True)
             lock.acquire()
@@ -1022,8 +1026,9 @@ def main(argv=None):
         option = "" if out == Path("out") else f" --checkpoint {shlex.quote(str(out))}"
         show(f"done: {run.step} steps; {written}. "
              f"Next: python sample.py --prompt \"ROMEO:\"{option}")
-        if run.best and run.best["step"] < run.step:
-            show(f"The held-out loss was lowest at step {run.best['step']}: "
+        best = run.best["step"] if run.best else run.step
+        if best < run.step and (out / f"step_{best:06d}.pt").exists():
+            show(f"The held-out loss was lowest at step {best}: "
                  f"python sample.py --checkpoint {shlex.quote(str(out / 'best'))} takes that one")
     if run.machine.world_size > 1:
         # An ending process waits for gloo's threads, which wait for Python: it would hang, or abort

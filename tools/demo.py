@@ -90,7 +90,7 @@ def write(name, prompt, seed, length, temperature, top_k, top_p, stops):
         compiled = worth_compiling(device, length)
     ids = tokenizer.encode(prompt, add_special_tokens=False) or [tokenizer.eos_token_id]
     tokens = generate(model, torch.tensor([ids], device=device), length, compiled,
-                      temperature=temperature, top_k=min(top_k, model.config.vocab_size),
+                      temperature=temperature, top_k=top_k,
                       top_p=top_p, generator=torch.Generator(device).manual_seed(seed))
     stream, text, seconds = Streamer(tokenizer, ids, stops), "", 0.0
     for n in range(1, length + 1):
