@@ -989,13 +989,13 @@ def main(argv=None):
         if is_first and out.exists():
             lock.acquire()
         run = set_up(out, source, overrides, typed)
+        stop.listen()
         if is_first:
             out.mkdir(parents=True, exist_ok=True)
             lock.acquire()
             set_up_folder(out, run)
             show_banner(run)
             log = Log(run)
-        stop.listen()
         train(run, log, stop)
     except filelock.Timeout:
         fail(f"another process is training in {out}: wait for it, or choose another --out_dir")

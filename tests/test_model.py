@@ -127,7 +127,8 @@ def test_logits_gradients_and_ten_adamw_steps_equal_transformers_at_full_size(fu
     params = list(theirs.parameters())
     groups = [{"params": [p for p in params if p.dim() > 1], "weight_decay": 0.1},
               {"params": [p for p in params if p.dim() < 2], "weight_decay": 0.0}]
-    ours_adamw = train.make_optimizers(ours, train.TrainConfig(learning_rate=3e-4))["optimizer"]
+    config = train.TrainConfig(learning_rate=3e-4)
+    ours_adamw = train.make_optimizers(ours, config, torch.float32)["optimizer"]
     theirs_adamw = torch.optim.AdamW(groups, lr=3e-4, betas=(0.9, 0.95), fused=True)
     losses = []
     for step in range(10):
@@ -414,8 +415,11 @@ def test_a_compiler_that_does_not_work_is_a_reason_in_one_line_and_no_error(monk
         raise RuntimeError("no\ncompiler " + "x" * 500)
     cpu = torch.device("cpu")
     monkeypatch.setattr(torch, "compile", broken)
+    M.compiler_problem.cache_clear()
     problem = M.compiler_problem(cpu)
+    M.compiler_problem.cache_clear()  # before it is asked in earnest
     assert problem.startswith("no compiler x") and len(problem) <= 90
+    monkeypatch.setattr(M, "compiler_problem", lambda device: "none")
     assert not M.worth_compiling(cpu, 5000)
     monkeypatch.setattr(M, "compiler_problem", lambda device: None)
     assert [M.worth_compiling(cpu, n) for n in (10, 5000)] == [False, True]

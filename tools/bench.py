@@ -10,7 +10,7 @@ train    steps of train.py against transformers' LlamaForCausalLM of the same si
          it, and all against the rate of the machine's matrix products at the model's own shapes
 decode   one stream and eight, against transformers' generate and, with --gguf, llama.cpp
 prepare  tokens/s on all cores against one
-exact    40 steps twice, and once resumed from 20: the same bits?
+exact    40 steps of --recipe twice, and once resumed from 20: the same bits?
 muon     a step with Muon against one with AdamW
 fast     train with deterministic=false against true
 gpu      the tests that need a GPU, exact, train, fast, muon and decode, one after the other
@@ -376,10 +376,9 @@ def bench_exact(args, report):
     import torch
 
     import train
-    B, T = args.shapes[0].split("x")
-    keys = [f"--batch_size={B}", f"--block_size={T}", f"--data_dir={args.data_dir}",
+    keys = [args.recipe, f"--data_dir={args.data_dir}", f"--deterministic={args.deterministic}",
             "--eval_interval=0", "--sample_interval=0", "--checkpoint_interval=0",
-            "--lr_decay_steps=40", f"--deterministic={args.deterministic}"]
+            "--lr_decay_steps=40"]
     states = {}
     with tempfile.TemporaryDirectory(dir=".") as folder:
         for name in ("first", "second", "resumed"):
@@ -476,6 +475,8 @@ def main(argv=None):
     add("--gguf", type=os.path.abspath, help="the model for llama.cpp, where llama-cpp-python is")
     add("--data_dir", type=os.path.abspath, default=os.path.abspath(prepare.DEFAULT_OUT_DIR),
         help="prepared data, whose text is tokenized again [data/shakespeare]")
+    add("--recipe", default=str(ROOT / "config" / "smollm2.py"),
+        help="for exact [config/smollm2.py]")
     add("--output", help="write all measurements to this JSON file")
     for name in ("--contestant", "--shape"):
         add(name, help=argparse.SUPPRESS)
