@@ -169,8 +169,8 @@ def signals(folder, cases, keys=("--max_steps=60",)):
                 p.signal(signum)
                 time.sleep(0.002)
             code, text = p.wait(), p.text
-        saved, is_start = train.checkpoints(out), instant in ("the start", "the first step")
-        is_early = is_start and code < 0
+        saved, early = train.checkpoints(out), ("the start", "the first step", "compiling")
+        is_early = instant in early and code < 0  # it had not begun to listen
         if is_early or instant == "compiling" and not saved:  # there was nothing to save yet
             is_right = not saved
         elif names == ["SIGINT", "SIGINT"]:  # the second Ctrl-C leaves at once
