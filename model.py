@@ -48,7 +48,7 @@ PAGE = 64  # positions in a page of the key/value cache
 
 
 def linear(x, weight):
-    """x (..., in_features) @ weight.T; a bias would not be seen."""
+    """x (..., in_features) @ weight.T."""
     if torch.compiler.is_compiling() and x.numel() == x.size(-1):
         # A single row, as in decoding one text: this reads the weights at the memory's speed,
         # F.linear at a third of it on a CPU.
@@ -56,13 +56,24 @@ def linear(x, weight):
     return F.linear(x, weight)
 
 
+class Linear(nn.Module):
+    """nn.Linear without a bias and without random numbers, which SmolLM2 draws once for all."""
+
+    def __init__(self, in_features, out_features):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(out_features, in_features))
+
+    def forward(self, x):
+        return linear(x, self.weight)
+
+
 def linears(x, *layers):
-    """The outputs of several bias-free layers on one x (B, T, in_features)."""
+    """The outputs of several layers on one x (B, T, in_features), by their weights alone."""
     if x.size(1) == 1:  # decoding: a concatenation would copy the weights at each token
-        return [linear(x, layer.weight) for layer in layers]
+        return [layer(x) for layer in layers]
     # One product. Compiled, torch.cat is fused with autocast's cast of the weights: it is free.
     weight = torch.cat([layer.weight for layer in layers])
-    return F.linear(x, weight).split([layer.out_features for layer in layers], dim=-1)
+    return F.linear(x, weight).split([len(layer.weight) for layer in layers], dim=-1)
 
 
 class RMSNorm(nn.Module):
@@ -167,10 +178,10 @@ class Attention(nn.Module):
         self.head_dim = config.head_dim
         query_size = config.num_attention_heads * config.head_dim
         kv_size = config.num_key_value_heads * config.head_dim
-        self.q_proj = nn.Linear(config.hidden_size, query_size, bias=False)
-        self.k_proj = nn.Linear(config.hidden_size, kv_size, bias=False)
-        self.v_proj = nn.Linear(config.hidden_size, kv_size, bias=False)
-        self.o_proj = nn.Linear(query_size, config.hidden_size, bias=False)
+        self.q_proj = Linear(config.hidden_size, query_size)
+        self.k_proj = Linear(config.hidden_size, kv_size)
+        self.v_proj = Linear(config.hidden_size, kv_size)
+        self.o_proj = Linear(query_size, config.hidden_size)
 
     def forward(self, x, cos, sin, cache=None, positions=None):
         """x: (B, T, hidden_size). cache: keys and values, which those at `positions` (T,) join."""
@@ -188,7 +199,7 @@ class Attention(nn.Module):
             y = cached_attention(q, keys, values, positions).to(x.dtype)
         else:
             y = attention(q, k, v)
-        return linear(y.transpose(1, 2).reshape(B, T, -1), self.o_proj.weight)
+        return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
 
 
 class MLP(nn.Module):
@@ -196,13 +207,13 @@ class MLP(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.gate_proj = Linear(config.hidden_size, config.intermediate_size)
+        self.up_proj = Linear(config.hidden_size, config.intermediate_size)
+        self.down_proj = Linear(config.intermediate_size, config.hidden_size)
 
     def forward(self, x):
         gate, up = linears(x, self.gate_proj, self.up_proj)
-        return linear(F.silu(gate) * up, self.down_proj.weight)
+        return self.down_proj(F.silu(gate) * up)
 
 
 class DecoderLayer(nn.Module):
@@ -264,7 +275,8 @@ class LinearCrossEntropy(torch.autograd.Function):
 class SmolLM2Model(nn.Module):
     def __init__(self, config):
         super().__init__()
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        weight = torch.empty(config.vocab_size, config.hidden_size)
+        self.embed_tokens = nn.Embedding.from_pretrained(weight, freeze=False)
         self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
@@ -276,11 +288,11 @@ class SmolLM2(nn.Module):
         super().__init__()
         self.config = config
         self.model = SmolLM2Model(config)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = Linear(config.hidden_size, config.vocab_size)
         self.lm_head.weight = self.model.embed_tokens.weight  # tied: one matrix reads and predicts
         self.loss_kernel = cross_entropy_and_gradient
         for p in self.parameters():
-            if p.dim() == 2:
+            if p.dim() == 2 and not p.is_meta:  # (on meta it would take a second for nothing)
                 nn.init.normal_(p, std=config.initializer_range)
 
     def forward(self, idx, targets=None):
@@ -313,7 +325,7 @@ class SmolLM2(nn.Module):
 
     def next_logits(self, x):
         """The logits (B, V) of the token after x (B, T, hidden_size), the last layer's output."""
-        return linear(self.model.norm(x[:, -1]), self.lm_head.weight)
+        return self.lm_head(self.model.norm(x[:, -1]))
 
     def compile_for_training(self, tokens=None):
         """Compiles in place what gains by it; the state dict stays as it is.

@@ -151,7 +151,7 @@ class Muon(torch.optim.Optimizer):
     """
 
     def __init__(self, layers, lr, weight_decay, dtype):
-        D, C = layers[0].self_attn.head_dim, math.gcd(layers[0].mlp.down_proj.in_features, 256)
+        D, C = layers[0].self_attn.head_dim, math.gcd(layers[0].mlp.down_proj.weight.size(1), 256)
         kinds = {"self_attn.q_proj": (D, False), "self_attn.k_proj": (D, False),
                  "self_attn.v_proj": (D, False), "self_attn.o_proj": (D, True),
                  "mlp.gate_proj": (C, False), "mlp.up_proj": (C, False), "mlp.down_proj": (C, True)}
