@@ -22,10 +22,10 @@ TAGS = {"loss": "loss/training", "val_loss": "loss/held-out", "lr": "optimizer/l
 
 def new_writer(out):
     """A writer whose events take the place of those that were written before."""
+    recipe = json.loads((out / "run.json").read_text(encoding="utf-8"))["config"]
     from torch.utils.tensorboard import SummaryWriter
     events = SummaryWriter(out / "tensorboard" / out.name, purge_step=0)
     events.add_custom_scalars({"loss": {"both": ["Multiline", ["loss/.*"]]}})
-    recipe = json.loads((out / "run.json").read_text(encoding="utf-8"))["config"]
     events.add_text("recipe", f"```\n{json.dumps(recipe, indent=1)}\n```")
     return events
 
