@@ -22,6 +22,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import timedelta
@@ -702,6 +703,7 @@ def read_value(f, text):
 
 def read_recipe(path):
     """The plain assignments of a recipe as words of the command line. It is read, never run."""
+    warnings.simplefilter("ignore", SyntaxWarning)  # what is wrong is said below, in one line
     try:
         tree = ast.parse(Path(path).read_text(encoding="utf-8"))
     except OSError as e:

@@ -83,6 +83,7 @@ def test_the_command_line_wins_over_the_recipe_and_the_recipe_over_the_defaults(
     ("seed = 1\nimport os\nos.mkdir('ran')\n", "r.py 2"),
     ("batch_size = __import__('os').mkdir('ran')\n", "r.py 1"),
     ("batch_size = = 4\n", "r.py"),
+    ("batch_size = 4and\n", "r.py"),  # Python itself would warn, in a line of its own
 ])
 def test_what_one_types_wrong_is_one_line_and_exit_2(typed, words):
     """On the command line or, with a line end, in a recipe, which is never run."""
