@@ -442,9 +442,10 @@ class Log:
         self.bar.update()
         is_shown = run.step == self.first_step or is_due(run.step, run.config.log_interval)
         if is_shown and self.bar.disable:
-            tokens_left = (run.config.max_steps - run.step) * row["tokens"] / run.step
-            left = tqdm.format_interval(tokens_left / speed)
-            show(f"step {run.step}/{run.config.max_steps}: {text}, {left} left")
+            if run.step > self.first_step:  # (which has compiled, and tells nothing of the rest)
+                tokens_left = (run.config.max_steps - run.step) * row["tokens"] / run.step
+                text += f", {tqdm.format_interval(tokens_left / speed)} left"
+            show(f"step {run.step}/{run.config.max_steps}: {text}")
 
     def held_out(self, loss, run):
         meta = run.data.meta
@@ -955,18 +956,18 @@ def show_banner(run):
     config, machine, data, meta = run.config, run.machine, run.data, run.data.meta
     B, T = config.batch_size, config.block_size
     epochs = config.max_steps * B / blocks_per_epoch(len(data.train), T)
-    stand_in = f"STAND-IN ({meta['stand_in']}): " if meta["stand_in"] else ""
+    stand_in = f", STAND-IN {meta['stand_in']}" if meta["stand_in"] else ""
     show(f"""\
 device   {machine.device}, threads {torch.get_num_threads()}, processes {machine.world_size}, \
 {machine.reason}
-data     {data.folder}: {stand_in}{meta['source']}; {len(data.train):,} training and \
-{len(data.val):,} held-out tokens
+data     {data.folder}{stand_in}: {len(data.train):,} training and {len(data.val):,} held-out tokens
+         of {meta['source']}
 model    {sum(p.numel() for p in run.parameters):,} parameters
 run      steps {run.step} to {config.max_steps}, {B} x {T} = {B * T:,} tokens a step, \
 {epochs:.1f} epochs
 writes   {config.out_dir}/: checkpoints of {checkpoint_size(run) / 1e9:.2f} GB, metrics, samples""")
     if machine.compile:
-        show("compiling: the first step and the first evaluation take longer")
+        show("compiling, for up to a minute in the first step and in the first evaluation")
 
 
 def resume_command(out):
@@ -980,7 +981,8 @@ def main(argv=None):
     os.close(spare)
     # Nothing that is printed can end a run: a closed pipe or a full disk loses lines, not steps.
     sys.stdout, sys.stderr = prepare.Unbreakable(sys.stdout), prepare.Unbreakable(sys.stderr)
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until there is something to save
+    if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # until there is something to save
     overrides, typed, args = parse_args(sys.argv[1:] if argv is None else list(argv))
     is_first = os.environ.get("RANK", "0") == "0"
     stop, log, run = Stop(), None, None

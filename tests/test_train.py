@@ -347,7 +347,7 @@ def test_stand_in_data_are_announced_in_the_banner_and_beside_every_held_out_los
     meta = json.loads(Path("d/meta.json").read_text())
     Path("d/meta.json").write_text(seal(meta | {"stand_in": "a text that stands in"}))
     result = tiny("--max_steps=2", "--eval_interval=1")
-    assert "STAND-IN (a text that stands in)" in result.out
+    assert "STAND-IN a text that stands in" in result.out
     assert result.out.count("on STAND-IN data") == 2
 
 
