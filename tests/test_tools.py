@@ -407,8 +407,8 @@ def test_demo_in_a_browser(demo_url):
         page.wait_for_selector("#stop", state="hidden")
 
         page.click("#beside input")
-        for key in ("ArrowDown", "ArrowDown", "Enter"):
-            page.keyboard.press(key)
+        page.locator("#beside [role=option]").nth(1).click()  # the first is "none"
+        page.wait_for_selector("#right-text", state="attached")
         fill_length(2000)
         page.click("#again")  # with another seed
         wait("tokens", side="right")
@@ -420,11 +420,12 @@ def test_demo_in_a_browser(demo_url):
         page.wait_for_timeout(500)
         assert page.inner_text("#left-text") == stopped and not page.is_visible("#stop")
 
-        fill_length(5)
+        fill_length(20)
         page.click("#on")
-        wait("5 tokens")
+        wait("20 tokens")
         wait("done")
-        text = page.inner_text("#left-text")
-        assert text.startswith(stopped.rstrip()) and len(text) > len(stopped)
+        longer = f"document.querySelector('#left-text').innerText.length > {len(stopped)}"
+        page.wait_for_function(longer)
+        assert page.inner_text("#left-text").startswith(stopped.rstrip())
         own = (demo_url, "data:", "blob:")
         assert all(url.startswith(own) for url in asked), asked
