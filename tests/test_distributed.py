@@ -144,6 +144,40 @@ def test_sigterm_to_torchrun_saves_and_two_nodes_go_on(data, undisturbed, tmp_pa
     assert lost_bits(undisturbed[0], out) == 0
 
 
+LATE = """\
+import os, sys, time
+import torch
+import torch.distributed as dist
+import train
+time.sleep(3 * (os.environ["RANK"] == "0"))
+train.set_up_machine(train.TrainConfig(device="cpu", compile=False))
+backend = dist.group.WORLD._get_backend(torch.device("cpu"))
+print(dist.distributed_c10d._get_default_store().timeout, backend.options._timeout, flush=True)
+dist.barrier()
+os._exit(0)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("with_torchrun", [False, True])
+def test_the_others_wait_for_a_first_process_that_is_late(with_torchrun, tmp_path):
+    """It may be preparing the data. NCCL asks the store itself, by the store's own timeout."""
+    script = tmp_path / "late.py"
+    script.write_text(LATE)
+    env = {"PYTHONPATH": str(ROOT)}
+    with contextlib.ExitStack() as stack:
+        if with_torchrun:
+            agent = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", script]
+            started = [stack.enter_context(Process(agent, tmp_path, **env))]
+        else:
+            env |= {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+            started = [stack.enter_context(Process([script], tmp_path, RANK=str(rank), **env))
+                       for rank in range(2)]
+        expect(all(p.wait(60) == 0 for p in started), *(p.text for p in started))
+        text = "".join(p.text for p in started)
+        assert text.count("0:30:00 0:30:00") == 2, text
+
+
 @pytest.mark.parametrize("second, argv, word", [
     ("first", ["--batch_size=3"], "batch_size = 3"),
     ("no data", [], "no prepared data"),
