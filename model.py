@@ -331,8 +331,8 @@ class SmolLM2(nn.Module):
         """Compiles in place what gains by it; the state dict stays as it is.
 
         tokens: of a step that is one forward and one backward pass. With few, a GPU would wait for
-        its kernels' launches and gets CUDA graphs; they do not bear a second pass, since the
-        gradients lie in memory that it would write. The embedding and the head stay outside: a
+        its kernels' launches and gets CUDA graphs; a second pass is impossible with them, since it
+        would write the memory that the gradients are in. The embedding and the head stay outside: a
         compiled embedding adds its gradients in no fixed order."""
         device = self.lm_head.weight.device.type
         if device == "cpu":
@@ -362,7 +362,7 @@ PROMPT_KERNELS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SD
 class Decoder:
     """The model with a key/value cache: reads a prompt, then one token of each text a step.
 
-    A layer's cache lies in pages of positions, so that the part in use is read, in parallel:
+    A layer's cache is stored in pages of positions: only those in use are read, in parallel:
     keys (pages, B * H_kv, D, PAGE) and values (pages, B * H_kv, PAGE, D)."""
 
     def __init__(self, model, B, size, compile, graph):
@@ -383,7 +383,7 @@ class Decoder:
         """Lets attention read the caches' first `size` positions, in whole pages."""
         pages = max(2, math.ceil(size / PAGE))
         if self.graph:
-            pages = self.pages  # a CUDA graph goes on reading what it read at its capture
+            pages = self.pages  # a CUDA graph always reads what it read at its capture
         self.open_caches = [(keys[:pages], values[:pages]) for keys, values in self.caches]
         if self.compile:
             for keys, values in self.open_caches:  # compiled once, for any number of pages
@@ -564,7 +564,7 @@ def compiler_problem(device):
     try:
         torch.compile(lambda x: x + 1)(torch.zeros(8, device=device))
         torch._dynamo.reset()
-    except Exception as e:  # whatever it is, all goes on without the compiler
+    except Exception as e:  # without a compiler, all still works
         return " ".join(str(e).split())[:90] or type(e).__name__
     return None
 

@@ -56,7 +56,7 @@ class Data:
     folder: Path
 
     def fingerprint(self):
-        """What data these are, under whatever name they lie."""
+        """Tells data from other data, under any name."""
         names = ("train", "val", "tokenizer")
         return {name: self.meta.get(f"{name}_sha256", "")[:16] for name in names}
 
@@ -81,7 +81,7 @@ def open_data(folder):
         largest = max(data.train.max(), data.val.max())
         if largest >= meta["vocab_size"]:
             raise ValueError(f"id {largest} is not below vocab_size {meta['vocab_size']}")
-    except Exception as error:  # whatever someone wrote into it
+    except Exception as error:  # anything may have been written into it
         raise ValueError(f"{folder} is damaged: {first_line(error)}") from None
     return data
 
@@ -91,7 +91,7 @@ def read_ids(folder, side):
 
 
 def describe(folder):
-    """What meta.json has to say of the files beside it."""
+    """The facts that meta.json records of the files beside it."""
     facts = {}
     for side in ("train", "val"):
         ids = read_ids(folder, side)
@@ -129,6 +129,27 @@ def load_tokenizer(folder):
     if tokenizer.eos_token is None and SPECIAL_TOKENS[0] in tokenizer.get_vocab():
         tokenizer.eos_token = SPECIAL_TOKENS[0]
     return tokenizer
+
+
+def open_tokenizer(folder):
+    """(tokenizer, the id that ends a text or None), to encode prompts and to decode.
+
+    Of the library `tokenizers`: importing transformers takes a second. Raises ValueError."""
+    from tokenizers import Tokenizer
+    folder = Path(folder)
+    try:
+        tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+        end = SPECIAL_TOKENS[0]
+        if (folder / "tokenizer_config.json").exists():
+            config = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+            end = config.get("eos_token") or end
+        if isinstance(end, dict):  # as older files have it
+            end = end["content"]
+    except Exception as error:  # the library raises nothing narrower
+        raise ValueError(f"the tokenizer in {folder} does not load: {first_line(error)}") from None
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer, tokenizer.token_to_id(end)
 
 
 # ---- reading, downloading, and what stands in for a download ----

@@ -66,7 +66,8 @@ def parse_args(argv):
 
 
 def load(checkpoint):
-    """(model, tokenizer, state) of a checkpoint, a folder in Hugging Face's format, or a hub name.
+    """(model, folder of its tokenizer, state) of a checkpoint, a folder in Hugging Face's format,
+    or a hub name.
 
     state: the checkpoint's dict, with its path as "file"; None for the others. Raises ValueError,
     in one line, where there is nothing to load. The hub is asked only for USER/NAME as typed."""
@@ -77,11 +78,10 @@ def load(checkpoint):
 
     path = Path("out/best") if checkpoint == "best" else Path(checkpoint).expanduser()
     if (path / "config.json").is_file():
-        return from_pretrained(path), prepare.load_tokenizer(path), None
+        return from_pretrained(path), path, None
     is_path = path.parent.exists() or path.suffix == ".pt" or path.name == "best"
     if not is_path and re.fullmatch(HUB_NAME, checkpoint):
-        model = from_pretrained(checkpoint)
-        return model, prepare.load_tokenizer(prepare.hub_folder(checkpoint, None)), None
+        return from_pretrained(checkpoint), prepare.hub_folder(checkpoint, None), None
     try:
         file, state = load_checkpoint(path, mmap=True)
     except FileNotFoundError as e:
@@ -91,11 +91,11 @@ def load(checkpoint):
     model.load_state_dict(state["model"], assign=True)
     model.lm_head.weight = model.model.embed_tokens.weight
     state["file"] = file
-    return model, prepare.load_tokenizer(tokenizer_folder(file, state)), state
+    return model, tokenizer_folder(file, state), state
 
 
 def tokenizer_folder(file, state):
-    """Where the tokenizer of a checkpoint's run lies. Raises ValueError if it is gone."""
+    """The folder of the tokenizer of a checkpoint's run. Raises ValueError if it is gone."""
     places = [file.parent / "tokenizer", Path(state["config"]["data_dir"], "tokenizer")]
     for folder in places:
         tokenizer = folder / "tokenizer.json"
@@ -112,14 +112,14 @@ class Streamer:
 
     def __init__(self, tokenizer, prompt, stops):
         from tokenizers.decoders import DecodeStream
-        self.backend, self.stops = tokenizer.backend_tokenizer, stops
+        self.tokenizer, self.stops = tokenizer, stops
         self.stream = DecodeStream(prompt, skip_special_tokens=False)
         self.waiting = ""  # may be the beginning of a stop text
         self.ended = False
 
     def push(self, token):
         """Adds a token and returns the text that is now certain."""
-        self.waiting += self.stream.step(self.backend, token) or ""
+        self.waiting += self.stream.step(self.tokenizer, token) or ""
         found = [self.waiting.find(stop) for stop in self.stops if stop in self.waiting]
         if found:
             self.waiting = self.waiting[:min(found)]
@@ -167,7 +167,8 @@ def main(argv=None):
     except ValueError as e:
         fail(f"--{e}", 2)
     try:
-        model, tokenizer, state = load(args.checkpoint)
+        model, folder, state = load(args.checkpoint)
+        tokenizer, eos = prepare.open_tokenizer(folder)
     except ValueError as e:
         fail(f"--checkpoint: {e}")
     if state:
@@ -175,7 +176,7 @@ def main(argv=None):
     if device.type == "cpu":
         keep_freed_memory()
     model = model.to(device, dtype).eval()
-    ids = tokenizer.encode(args.prompt, add_special_tokens=False) or [tokenizer.eos_token_id]
+    ids = tokenizer.encode(args.prompt, add_special_tokens=False).ids or [eos or 0]
     n, limit = args.max_new_tokens, model.config.max_position_embeddings
     if len(ids) + n > limit:
         fail(f"a prompt of {len(ids)} tokens and {n} new ones do not fit into the model's {limit} "
@@ -190,7 +191,7 @@ def main(argv=None):
     is_live = args.num_samples == 1  # one text is printed as it comes, several when all are done
     if is_live:
         print(args.prompt, end="", flush=True)
-    for i, piece in stream_texts(streams, tokens, tokenizer.eos_token_id):
+    for i, piece in stream_texts(streams, tokens, eos):
         texts[i] += piece
         if is_live:
             print(piece, end="", flush=True)

@@ -1,9 +1,9 @@
-"""Trains SmolLM2 from scratch, and goes on after any stop as if nothing had happened.
+"""Trains SmolLM2 from scratch, and resumes after any stop as if nothing had happened.
 
     python train.py config/smollm2.py                  # starts a run; prepares the data if missing
     python train.py config/tiny.py --max_steps=100     # any key: --key=value or --key value
     python train.py --resume                           # from the newest whole checkpoint in out/
-    python train.py --resume --max_steps=5050          # makes a finished run longer
+    python train.py --resume --max_steps=5050          # extends a finished run
     torchrun --standalone --nproc_per_node=4 train.py config/smollm2.py --resume=auto
 """
 import argparse
@@ -23,6 +23,7 @@ import subprocess
 import sys
 import time
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import timedelta
@@ -78,7 +79,7 @@ class TrainConfig(SmolLM2Config):
     eval_tokens: int = key(1_000_000, "held-out tokens it reads at most", free=True)
     sample_interval: int = key(500, "a text in out_dir/samples", zero=True, free=True)
     checkpoint_interval: int = key(250, "a checkpoint; every end makes one", zero=True, free=True)
-    keep_checkpoints: int = key(2, "newest kept beside the best (0: all)", zero=True, free=True)
+    keep_checkpoints: int = key(2, "newest to keep, besides the best (0: all)", zero=True, free=True)
     # the machine
     device: str = key("auto", "auto, cpu, cuda, cuda:1, mps", free=True)
     dtype: str = key("auto", "of the products; weights and optimizer stay float32", free=True,
@@ -289,7 +290,7 @@ def write_sample(run):
     """Continues the first held-out tokens; writes the text to out_dir/samples and returns it."""
     out, machine = Path(run.config.out_dir), run.machine
     try:
-        tokenizer = prepare.load_tokenizer(out / "tokenizer")
+        tokenizer, _ = prepare.open_tokenizer(out / "tokenizer")
     except ValueError as e:  # no reason to lose a run
         return f"none: {e}"
     generator = torch.Generator(machine.device)  # its own: training draws from the others
@@ -298,7 +299,8 @@ def write_sample(run):
     length = min(100, run.config.max_position_embeddings - prompt.size(1))
     with machine.autocast:
         new = generate(run.model, prompt, length, temperature=0.8, top_k=50, generator=generator)
-        text = tokenizer.decode(prompt[0].tolist() + [ids.item() for ids in new])
+        ids = prompt[0].tolist() + [token.item() for token in new]
+    text = tokenizer.decode(ids, skip_special_tokens=False)
     path = out / "samples" / f"step_{run.step:06d}.txt"
     path.parent.mkdir(exist_ok=True)
     path.write_text(text, encoding="utf-8")
@@ -399,7 +401,7 @@ class Run:
             set_rng_state(state["rng"][self.machine.rank])
         is_other_text = state["data"]["train"] != self.data.fingerprint()["train"]
         if is_other_text or state["config"]["block_size"] != self.config.block_size:
-            self.epoch += self.sequence > 0  # a place among other blocks: an epoch begins anew
+            self.epoch += self.sequence > 0  # a place among other blocks: a new epoch begins
             self.sequence = 0
         is_other_measure = state["config"]["eval_tokens"] != self.config.eval_tokens
         if is_other_measure or state["data"]["val"] != self.data.fingerprint()["val"]:
@@ -482,13 +484,21 @@ class Stop:
 
 
 # -------------------------------------------------------------------------------------- checkpoints
-# A checkpoint is a file of torch.save, then DIGEST_MARK and the sha256 of all before it, which
+# A checkpoint is a file of torch.save, then DIGEST_MARK and the digest of all before it, which
 # torch.load reads over: by itself it would notice few flipped bytes.
 
 DIGEST_MARK = b"sha256:"
 TAIL = len(DIGEST_MARK) + 32
 CONTENT = {"step": int, "epoch": int, "sequence": int, "tokens": int, "seconds": float,
            "val_loss": float, "train": str, "val": str, "tokenizer": str, "machine": dict}
+
+
+def digest(raw):
+    """The sha256 of the sha256s of an array's pieces, which all cores make at once."""
+    pieces = [raw[i:i + 2**26] for i in range(0, len(raw), 2**26)]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        parts = pool.map(lambda piece: hashlib.sha256(piece).digest(), pieces)
+        return hashlib.sha256(b"".join(parts)).digest()
 
 
 def write_checkpoint(path, state):
@@ -499,9 +509,8 @@ def write_checkpoint(path, state):
             torch.save(state, f)
         except RuntimeError as e:  # torch hides why it cannot write behind an error of its own
             raise e.__context__ or e
-        f.seek(0)
-        digest = hashlib.file_digest(f, "sha256").digest()
-        f.write(DIGEST_MARK + digest)
+        f.flush()
+        f.write(DIGEST_MARK + digest(np.memmap(f, np.uint8, "r")))
         f.flush()
         os.fsync(f.fileno())
     os.replace(temporary, path)
@@ -515,8 +524,8 @@ def read_checkpoint(path, **kwargs):
     with open(path, "rb") as f:
         size = os.fstat(f.fileno()).st_size
         raw = np.memmap(f, np.uint8, "r") if size > TAIL else np.zeros(TAIL, np.uint8)
-    if raw[-TAIL:].tobytes() != DIGEST_MARK + hashlib.sha256(raw[:-TAIL]).digest():
-        raise ValueError(f"{path} is damaged (its sha256 does not fit)")
+    if raw[-TAIL:].tobytes() != DIGEST_MARK + digest(raw[:-TAIL]):
+        raise ValueError(f"{path} is damaged, or of an older train.py (its sha256 does not fit)")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True, **kwargs)
         for name, value in state["config"].items():
@@ -627,7 +636,7 @@ class Machine:
         return torch.autocast(self.device.type, self.dtype) if is_half else nullcontext()
 
     def fingerprint(self):
-        """What the bits of a run depend on, beside its config and its data."""
+        """What the bits of a run depend on, besides its config and its data."""
         name, versions = torch.backends.cpu.get_cpu_capability(), {}
         if self.device.type == "cuda":
             name = torch.cuda.get_device_name(self.device)
@@ -732,7 +741,7 @@ def parse_args(argv):
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = partial(fail, code=2)
     parser.add_argument("recipe", nargs="?", help="a file of plain assignments to the keys below")
-    parser.add_argument("--resume", nargs="?", const="", metavar="PATH", help="go on from the "
+    parser.add_argument("--resume", nargs="?", const="", metavar="PATH", help="resume from the "
                         "newest checkpoint in out_dir or the folder PATH, or from the file PATH; "
                         "auto: if there is one")
     group = parser.add_argument_group("keys, here or in a recipe")
@@ -755,7 +764,7 @@ def parse_args(argv):
 
 
 def check(config, world_size):
-    """Ends the program with all values that do not fit each other, at once."""
+    """Ends the program, naming all values that do not fit each other."""
     c, share = config, config.batch_size // world_size
     rules = {
         f"hidden_size = {c.hidden_size}: not a multiple of 2 * num_attention_heads = "
@@ -789,7 +798,7 @@ def find_run(overrides, args):
         if not source.exists():
             fail(f"--resume={source}: there is no such file or folder", 2)
         if "out_dir" in overrides and folder.resolve() != out.resolve():
-            fail(f"--resume={source} goes on in {folder}, not in out_dir = {out}: give one", 2)
+            fail(f"--resume={source} continues in {folder}, not in out_dir = {out}: give one", 2)
         out = folder
     ours = ("metrics.jsonl", "samples", "tokenizer", "superseded")
     foreign = [name for name in ours if (out / name).exists()]
@@ -803,7 +812,7 @@ def find_run(overrides, args):
 def load_run(out, source, overrides):
     """(config, state): state is the checkpoint's dict, or None where a run is to start."""
     if source is None and checkpoints(out):
-        fail(f"{out} holds a run: go on with --resume, choose another --out_dir, or delete it: "
+        fail(f"{out} holds a run: continue it with --resume, choose another --out_dir, or delete it: "
              f"rm -r {shlex.quote(str(out))}", 2)
     if source is None:
         return TrainConfig(**overrides), None
@@ -812,7 +821,7 @@ def load_run(out, source, overrides):
     except FileNotFoundError as e:
         fail(f"--resume: {e}; python train.py config/smollm2.py starts a run", 2)
     except ValueError as e:
-        fail(f"{e}: start anew in another --out_dir")
+        fail(f"{e}: start a run in another --out_dir")
     old = TrainConfig(**state["config"])
     config = replace(old, **{**overrides, "out_dir": str(out)})
     for name in (*SIZES, "optimizer"):
@@ -855,7 +864,7 @@ def open_data(config, typed, state, machine):
              "the data, or start a new run in another --out_dir")
     if old != new and "data_dir" not in typed:  # (a recipe's name does not tell of the change)
         fail(f"{folder} is not the data that this run was trained on: restore it, or name it with "
-             f"--data_dir={shlex.quote(config.data_dir)} to go on all the same")
+             f"--data_dir={shlex.quote(config.data_dir)} to continue all the same")
     return data
 
 
@@ -1009,11 +1018,11 @@ def main(argv=None):
              f"checkpoint: {newest}. Try a lower --learning_rate")
     except OSError as e:
         where = f": {e.filename}" if e.filename else ""
-        what_next = f". The checkpoints in {out} are whole: {again} goes on from the newest"
+        what_next = f". The checkpoints in {out} are whole: {again} continues from the newest"
         fail(f"{e.strerror or e}{where}{what_next if checkpoints(out) else ''}")
     except (MemoryError, RuntimeError) as e:
         if stop.signum:  # Ctrl-C reaches the C++ compiler, too, and torchrun ends other processes
-            fail(f"stopped within a step; {again} goes on from the checkpoint before",
+            fail(f"stopped within a step; {again} continues from the checkpoint before",
                  128 + stop.signum)
         if not isinstance(e, (MemoryError, torch.OutOfMemoryError)) and "allocate" not in str(e):
             raise
@@ -1025,7 +1034,7 @@ def main(argv=None):
     code = 128 + (stop.signum or signal.SIGTERM) if stop.asked else 0
     written = f"{out / f'step_{run.step:06d}.pt'} is written"
     if code:
-        show(f"stopped at step {run.step}; {written}. Go on with: {again}")
+        show(f"stopped at step {run.step}; {written}. Resume with: {again}")
     else:
         option = "" if out == Path("out") else f" --checkpoint {shlex.quote(str(out))}"
         show(f"done: {run.step} steps; {written}. "

@@ -104,7 +104,7 @@ def stream(tokenizer, prompt, text, stops=()):
     before, ids = tokenizer.encode(prompt), tokenizer.encode(prompt + text)
     if ids[:len(before)] != before:  # the last token of the prompt grew: take the two apart
         ids = before + tokenizer.encode(text)
-    streamer, pieces = Streamer(tokenizer, before, list(stops)), []
+    streamer, pieces = Streamer(tokenizer.backend_tokenizer, before, list(stops)), []
     for token in ids[len(before):]:
         if not streamer.ended:
             pieces.append(streamer.push(token))
@@ -123,7 +123,7 @@ def test_characters_split_over_tokens_come_out_whole(real_tokenizer, prompt, tex
 
 
 def test_a_character_that_never_becomes_whole_does_not_hold_up_the_end(real_tokenizer):
-    streamer = Streamer(real_tokenizer, real_tokenizer.encode("x"), [])
+    streamer = Streamer(real_tokenizer.backend_tokenizer, real_tokenizer.encode("x"), [])
     pieces = map(streamer.push, real_tokenizer.encode("a🙂")[:-1])
     assert "".join(pieces) == "a" and "a" not in streamer.finish()
 

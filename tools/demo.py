@@ -71,12 +71,13 @@ def found(asked):
 
 @lru_cache(maxsize=4)
 def load(name, changed):
-    """(model, tokenizer, device), loaded once for all. changed: when. Raises ValueError."""
+    """(model, tokenizer, eos, device), loaded once for all. changed: when. Raises ValueError."""
+    import prepare
     import sample
     from model import pick_device
     device, dtype, _ = pick_device()
-    model, tokenizer, _ = sample.load(name)
-    return model.to(device, dtype).eval(), tokenizer, device
+    model, folder, _ = sample.load(name)
+    return model.to(device, dtype).eval(), *prepare.open_tokenizer(folder), device
 
 
 def write(name, prompt, seed, length, temperature, top_k, top_p, stops):
@@ -86,9 +87,9 @@ def write(name, prompt, seed, length, temperature, top_k, top_p, stops):
     from model import generate, worth_compiling
     from sample import Streamer
     with ONE_STEP:
-        model, tokenizer, device = load(name, os.path.exists(name) and os.path.getmtime(name))
+        model, tokenizer, eos, device = load(name, os.path.exists(name) and os.path.getmtime(name))
         compiled = worth_compiling(device, length)
-    ids = tokenizer.encode(prompt, add_special_tokens=False) or [tokenizer.eos_token_id]
+    ids = tokenizer.encode(prompt, add_special_tokens=False).ids or [eos or 0]
     tokens = generate(model, torch.tensor([ids], device=device), length, compiled,
                       temperature=temperature, top_k=top_k,
                       top_p=top_p, generator=torch.Generator(device).manual_seed(seed))
@@ -98,9 +99,9 @@ def write(name, prompt, seed, length, temperature, top_k, top_p, stops):
             began = time.perf_counter()
             token = next(tokens).item()
             seconds += time.perf_counter() - began
-        if token != tokenizer.eos_token_id:
+        if token != eos:
             text += stream.push(token)
-        if token == tokenizer.eos_token_id or stream.ended:
+        if token == eos or stream.ended:
             break
         yield text, n, seconds
     yield text + stream.finish(), n, seconds

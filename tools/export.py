@@ -217,9 +217,10 @@ def export(args):
     import torch
 
     from sample import load
-    model, tokenizer, state = load(args.checkpoint)
+    model, tokenizer_folder, state = load(args.checkpoint)
     if not state:
         raise ValueError(f"{args.checkpoint} is no checkpoint of train.py")
+    tokenizer = prepare.load_tokenizer(tokenizer_folder)
     title = (args.push_to_hub or args.folder.resolve().name).split("/")[-1]
     ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
     tokenizer.model_max_length = model.config.max_position_embeddings
