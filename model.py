@@ -561,12 +561,18 @@ def pick_device(device="auto", dtype="auto"):
 @lru_cache
 def compiler_problem(device):
     """Why compiling a small function does not work on this device, in one line; None if it does."""
-    try:
-        torch.compile(lambda x: x + 1)(torch.zeros(8, device=device))
-        torch._dynamo.reset()
-    except Exception as e:  # without a compiler, all still works
-        return " ".join(str(e).split())[:90] or type(e).__name__
-    return None
+    from torch._inductor import config, cpu_vec_isa
+    # First by the processor's word: trying each of its instruction sets takes seconds each time.
+    for trusted in (True, None):
+        config.cpp.vec_isa_ok = trusted
+        cpu_vec_isa.valid_vec_isa_list.cache_clear()
+        try:
+            torch.compile(lambda x: x + 1)(torch.zeros(8, device=device))
+            torch._dynamo.reset()
+            return None
+        except Exception as e:  # without a compiler, all still works
+            problem = " ".join(str(e).split())[:90] or type(e).__name__
+    return problem
 
 
 def worth_compiling(device, max_new_tokens):
