@@ -10,6 +10,7 @@ import ctypes
 import json
 import math
 import os
+import re
 from dataclasses import dataclass, field, fields
 from functools import lru_cache
 from pathlib import Path
@@ -45,6 +46,7 @@ class SmolLM2Config:
 
 
 PAGE = 64  # positions in a page of the key/value cache
+HUB_NAME = r"\w[\w.-]*/\w[\w.-]*"  # USER/NAME, and no path of a folder
 
 
 def linear(x, weight):
@@ -502,7 +504,9 @@ def from_pretrained(source):
     from huggingface_hub import snapshot_download
     from safetensors.torch import load_file
 
-    folder, state = Path(source), {}
+    folder, state = Path(source).expanduser(), {}
+    if not folder.is_dir() and not re.fullmatch(HUB_NAME, str(source)):
+        raise ValueError(f"there is no folder {source}")
     try:
         if not folder.is_dir():
             patterns = ["*.json", "*.safetensors", "*.txt"]
@@ -516,7 +520,7 @@ def from_pretrained(source):
             state["lm_head.weight"] = state["model.embed_tokens.weight"]
         model.load_state_dict(state, assign=True)
     except Exception as e:
-        problem = " ".join(str(e).split())[:200]
+        problem = (str(e).splitlines() or [""])[0]
         raise ValueError(f"cannot load {source}: {type(e).__name__}: {problem}") from e
     model.lm_head.weight = model.model.embed_tokens.weight  # the assignment made two of them
     return model.float()
@@ -579,6 +583,11 @@ def worth_compiling(device, max_new_tokens):
     """True where so many tokens win back the seconds that generate(compile=True) takes first."""
     enough = {"cpu": 100, "cuda": 1000}.get(device.type, math.inf)
     return max_new_tokens >= enough and compiler_problem(device) is None
+
+
+def is_out_of_memory(error):
+    """Whether it is that, under whatever name: a CPU's is a RuntimeError."""
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "allocate" in str(error)
 
 
 def keep_freed_memory():

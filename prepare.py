@@ -158,6 +158,9 @@ SIGNATURES = [  # how a file begins that is no UTF-8 text, what it is, and what 
     ((b"\xff\xfe\0\0", b"\0\0\xfe\xff"), "UTF-32: iconv -f UTF-32 -t UTF-8 {} > new.txt"),
     ((b"\xff\xfe", b"\xfe\xff"), "UTF-16: iconv -f UTF-16 -t UTF-8 {} > new.txt"),
     (b"\x1f\x8b", "gzip: gunzip < {} > new.txt"),
+    (b"BZh", "bzip2: bunzip2 < {} > new.txt"),
+    (b"\xfd7zXZ", "xz: unxz < {} > new.txt"),
+    (b"\x28\xb5\x2f\xfd", "Zstandard: unzstd < {} > new.txt"),
     (b"%PDF", "PDF: pdftotext {} new.txt"),
     ((b"PAR1", b"ARROW1"), "Parquet or Arrow: name it so, for python -m tools.corpus"),
     (b"PK\3\4", "a zip archive (.docx and .epub are, too): save what is in it as UTF-8 text")]
@@ -176,11 +179,14 @@ def decode_text(path, content):
     for beginning, advice in SIGNATURES:
         if content.startswith(beginning):
             raise ValueError(f"--input {path}: not UTF-8 text, but {advice.format(quoted)}")
+    if content.count(0) > len(content) / 100:
+        raise ValueError(f"--input {path}: holds zero bytes, so it is no text, or in UTF-16: "
+                         f"iconv -f UTF-16LE -t UTF-8 {quoted} > new.txt")
     try:
         return content.decode().removeprefix("\ufeff")
     except UnicodeDecodeError as error:
         place = f"byte 0x{content[error.start]:02X} at offset {error.start:,}"
-        advice = f"if it is Latin-1: iconv -f LATIN1 -t UTF-8 {quoted} > new.txt"
+        advice = f"of a text in Latin-1 make one: iconv -f LATIN1 -t UTF-8 {quoted} > new.txt"
         raise ValueError(f"--input {path}: not UTF-8: {place}; {advice}") from None
 
 
@@ -254,6 +260,8 @@ def choose_tokenizer(wanted):
     """The tokenizer in a folder or on the hub, and its name; for None, SmolLM2's or a stand-in."""
     if wanted and os.path.exists(wanted):
         return load_tokenizer(wanted), Path(os.path.realpath(wanted)).name
+    if wanted and not re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", wanted):
+        raise ValueError(f"--tokenizer {wanted}: no such folder")
     name, revision = wanted or TOKENIZER, "main"
     if name == TOKENIZER:
         revision = TOKENIZER_REVISION

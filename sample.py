@@ -18,7 +18,6 @@ from pathlib import Path
 
 import prepare
 
-HUB_NAME = r"\w[\w.-]*/\w[\w.-]*"
 fail = partial(prepare.fail, "sample.py")
 
 
@@ -73,7 +72,7 @@ def load(checkpoint):
     in one line, where there is nothing to load. The hub is asked only for USER/NAME as typed."""
     import torch
 
-    from model import SmolLM2, from_pretrained
+    from model import HUB_NAME, SmolLM2, from_pretrained
     from train import TrainConfig, load_checkpoint
 
     path = Path("out/best") if checkpoint == "best" else Path(checkpoint).expanduser()
@@ -148,20 +147,13 @@ def stream_texts(streams, tokens, eos):
         yield i, stream.finish()
 
 
-def advice(state):
-    """A hint where the best held-out loss was before the checkpoint that is taken."""
-    step, folder = (state["best"] or state)["step"], state["file"].parent
-    if step < state["step"] and (folder / f"step_{step:06d}.pt").exists():
-        return f" (the held-out loss was lowest at step {step}: --checkpoint {folder}/best)"
-    return ""
-
-
 def main(argv=None):
     args = parse_args(argv)
     signal.signal(signal.SIGINT, lambda *_: os._exit(130))  # how one ends a text one has seen
     import torch
 
-    from model import generate, keep_freed_memory, pick_device, worth_compiling
+    from model import generate, is_out_of_memory, keep_freed_memory, pick_device, worth_compiling
+    from train import hint_of_best
     try:
         device, dtype, _ = pick_device(args.device, args.dtype)
     except ValueError as e:
@@ -172,7 +164,8 @@ def main(argv=None):
     except ValueError as e:
         fail(f"--checkpoint: {e}")
     if state:
-        print(f"{state['file']}: step {state['step']}{advice(state)}", file=sys.stderr)
+        hint = hint_of_best(state["file"].parent, state)
+        print(f"{state['file']}: step {state['step']}{hint}", file=sys.stderr)
     if device.type == "cpu":
         keep_freed_memory()
     model = model.to(device, dtype).eval()
@@ -180,21 +173,27 @@ def main(argv=None):
     n, limit = args.max_new_tokens, model.config.max_position_embeddings
     if len(ids) + n > limit:
         fail(f"a prompt of {len(ids)} tokens and {n} new ones do not fit into the model's {limit} "
-             "positions: lower --max_new_tokens")
+             "positions: shorten --prompt or lower --max_new_tokens")
     idx = torch.tensor([ids] * args.num_samples, device=device)  # (num_samples, T)
     tokens = generate(model, idx, n, worth_compiling(device, n), temperature=args.temperature,
                       top_k=args.top_k, top_p=args.top_p,
                       generator=torch.Generator(device).manual_seed(args.seed))
     streams = [Streamer(tokenizer, ids, args.stop) for _ in range(args.num_samples)]
     texts = [args.prompt] * args.num_samples
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # it may be closed
     sys.stdout.reconfigure(encoding="utf-8", errors="replace")
     is_live = args.num_samples == 1  # one text is printed as it comes, several when all are done
     if is_live:
         print(args.prompt, end="", flush=True)
-    for i, piece in stream_texts(streams, tokens, eos):
-        texts[i] += piece
-        if is_live:
-            print(piece, end="", flush=True)
+    try:
+        for i, piece in stream_texts(streams, tokens, eos):
+            texts[i] += piece
+            if is_live:
+                print(piece, end="", flush=True)
+    except (MemoryError, RuntimeError) as e:
+        if not is_out_of_memory(e):
+            raise
+        fail("out of memory: lower --num_samples or --max_new_tokens")
     if is_live:
         print()
     else:
@@ -207,3 +206,5 @@ if __name__ == "__main__":
         main()
     except BrokenPipeError:  # the reader, such as `head`, has seen enough
         os._exit(0)
+    except OSError as e:
+        fail(f"standard output: {e.strerror}")

@@ -16,6 +16,7 @@ import json
 import math
 import os
 import random
+import re
 import shlex
 import shutil
 import signal
@@ -30,6 +31,9 @@ from datetime import timedelta
 from functools import lru_cache, partial
 from pathlib import Path
 
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until there is something to save
+
 import filelock
 import numpy as np
 import torch
@@ -40,7 +44,7 @@ from tqdm import tqdm
 
 import prepare
 from model import (SmolLM2, SmolLM2Config, compiler_problem, from_pretrained, generate,
-                   keep_freed_memory, key, pick_device)
+                   is_out_of_memory, keep_freed_memory, key, pick_device)
 
 
 @dataclass
@@ -426,9 +430,13 @@ class Log:
                         disable=not sys.stderr.isatty(), bar_format="{percentage:3.0f}%|{bar}| "
                         "{n_fmt}/{total_fmt}, {remaining} left{postfix}")
         self.metrics = open(Path(run.config.out_dir, "metrics.jsonl"), "a+b", buffering=0)
-        self.metrics.seek(0)  # what lies beyond run.step, or was torn by a kill, is cut off
-        lines = self.metrics.read().splitlines(keepends=True)[:run.step]
-        self.metrics.truncate(sum(len(line) for line in lines if line.endswith(b"\n")))
+        size = self.metrics.seek(0)
+        for line in self.metrics.read().splitlines(keepends=True):
+            step = re.match(rb'{"step": (\d+),', line)
+            if not line.endswith(b"\n") or step and int(step[1]) > run.step:
+                break  # torn by a kill, or beyond the checkpoint
+            size += len(line)
+        self.metrics.truncate(size)
 
     def step(self, row, run):
         line = json.dumps(row).encode() + b"\n"
@@ -525,7 +533,7 @@ def read_checkpoint(path, **kwargs):
         size = os.fstat(f.fileno()).st_size
         raw = np.memmap(f, np.uint8, "r") if size > TAIL else np.zeros(TAIL, np.uint8)
     if raw[-TAIL:].tobytes() != DIGEST_MARK + digest(raw[:-TAIL]):
-        raise ValueError(f"{path} is damaged, or of an older train.py (its sha256 does not fit)")
+        raise ValueError(f"{path} is damaged, or no checkpoint of this train.py (its sha256 does not fit)")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True, **kwargs)
         for name, value in state["config"].items():
@@ -579,6 +587,16 @@ def load_checkpoint(source, **kwargs):
         except (ValueError, OSError) as e:
             show(f"{e}, trying the one before" if path != paths[-1] else str(e), file=sys.stderr)
     raise ValueError(f"no whole checkpoint in {source}")
+
+
+def hint_of_best(folder, state):
+    """Where a checkpoint's run had its lowest held-out loss, in brackets; "" if it is the last."""
+    interval, best = state["config"]["eval_interval"], state["best"]
+    last = state["step"] - state["step"] % (interval or 1)
+    if not best or best["step"] >= last or not (folder / f"step_{best['step']:06d}.pt").exists():
+        return ""
+    path = shlex.quote(str(folder / "best"))
+    return f" (the held-out loss was lowest at step {best['step']}: --checkpoint {path})"
 
 
 def rng_state():
@@ -739,9 +757,9 @@ def parse_args(argv):
     those that argv sets; the other flags."""
     parser = argparse.ArgumentParser("train.py", allow_abbrev=False, description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error = partial(fail, code=2)
+    parser.error = lambda e: fail(e.replace("one argument", "a value, as in --key=value"), 2)
     parser.add_argument("recipe", nargs="?", help="a file of plain assignments to the keys below")
-    parser.add_argument("--resume", nargs="?", const="", metavar="PATH", help="resume from the "
+    parser.add_argument("--resume", nargs="?", const=True, metavar="PATH", help="resume from the "
                         "newest checkpoint in out_dir or the folder PATH, or from the file PATH; "
                         "auto: if there is one")
     group = parser.add_argument_group("keys, here or in a recipe")
@@ -756,10 +774,12 @@ def parse_args(argv):
         args, rest = parser.parse_known_args(argv)
     if rest:
         name = rest[0].lstrip("-").partition("=")[0]
-        near = difflib.get_close_matches(name, KEYS, 1, 0.5) or ["--help"]
-        fail(f"there is no key {name}: did you mean {near[0]}?", 2)
-    if args.resume and args.resume.endswith(".py"):
+        near = difflib.get_close_matches(name, KEYS, 1) or ["help"]
+        fail(f"there is no option {rest[0]}: did you mean --{near[0]}?", 2)
+    if str(args.resume).endswith(".py"):
         fail(f"--resume {args.resume}: that is a recipe; write train.py {args.resume} --resume", 2)
+    if args.resume == "":
+        fail("--resume: the path after it is empty", 2)
     return {name: getattr(args, name) for name in KEYS if hasattr(args, name)}, typed, args
 
 
@@ -791,11 +811,11 @@ def check(config, world_size):
 def find_run(overrides, args):
     """(out, source): the folder of the run, and what to resume from (None: nothing)."""
     out = Path(overrides.get("out_dir", TrainConfig.out_dir))
-    source = out if args.resume in ("", "auto") else None
-    if args.resume and args.resume != "auto":
+    source = out if args.resume in (True, "auto") else None
+    if args.resume and not source:
         source = Path(args.resume).expanduser()
         folder = source if source.is_dir() else source.parent
-        if not source.exists():
+        if not source.exists() and source.name != "best":
             fail(f"--resume={source}: there is no such file or folder", 2)
         if "out_dir" in overrides and folder.resolve() != out.resolve():
             fail(f"--resume={source} continues in {folder}, not in out_dir = {out}: give one", 2)
@@ -845,9 +865,9 @@ def open_data(config, typed, state, machine):
             dist.barrier()
         data = prepare.open_data(folder)
     except FileNotFoundError:
-        fail(f"data_dir = {config.data_dir!r} holds no prepared data: python prepare.py --input "
-             f"FILE --out_dir {shlex.quote(config.data_dir)} makes them of a text, python -m "
-             "tools.corpus of many (a recipe's first lines may say how)", 2)
+        fail(f"data_dir = {config.data_dir!r} holds no prepared data: name another --data_dir, or "
+             "make them: the first lines of a recipe may say how; of one text with python "
+             f"prepare.py --input FILE --out_dir {shlex.quote(config.data_dir)}", 2)
     except ValueError as e:
         fail(f"{e}; make the data again with prepare.py")
     largest, n, T = data.meta["vocab_size"] - 1, len(data.train), config.block_size
@@ -896,6 +916,8 @@ def set_up(out, source, overrides, typed):
             if overrides.get(name, sizes[name]) != sizes[name]:
                 fail(f"{name} = {overrides[name]}: init_from has {sizes[name]}", 2)
         config = replace(config, **sizes)
+        if Path(config.init_from).is_dir():  # elsewhere its name could be one of the hub's
+            config = replace(config, init_from=str(Path(config.init_from).resolve()))
     config = replace(config, lr_decay_steps=config.lr_decay_steps or config.max_steps)
     check(config, int(os.environ.get("WORLD_SIZE", "1")))
     if state and state["step"] >= config.max_steps:
@@ -941,7 +963,8 @@ def set_up_folder(out, run):
         fail(f"up to {count} checkpoints at a time need {need / 1e9:.1f} GB, but {out} has room for"
              f" {free / 1e9:.1f}: free some, lower keep_checkpoints, or use another --out_dir")
     for path in out.glob("step_*.tmp"):  # of a killed save
-        path.unlink()
+        if path.stem[5:].isdecimal():
+            path.unlink()
     for path in checkpoints(out):
         if step_of(path) > run.step:
             (out / "superseded").mkdir(exist_ok=True)
@@ -990,8 +1013,6 @@ def main(argv=None):
     os.close(spare)
     # Nothing that is printed can end a run: a closed pipe or a full disk loses lines, not steps.
     sys.stdout, sys.stderr = prepare.Unbreakable(sys.stdout), prepare.Unbreakable(sys.stderr)
-    if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
-        signal.signal(signal.SIGINT, signal.SIG_DFL)  # until there is something to save
     overrides, typed, args = parse_args(sys.argv[1:] if argv is None else list(argv))
     is_first = os.environ.get("RANK", "0") == "0"
     stop, log, run = Stop(), None, None
@@ -1024,25 +1045,26 @@ def main(argv=None):
         if stop.signum:  # Ctrl-C reaches the C++ compiler, too, and torchrun ends other processes
             fail(f"stopped within a step; {again} continues from the checkpoint before",
                  128 + stop.signum)
-        if not isinstance(e, (MemoryError, torch.OutOfMemoryError)) and "allocate" not in str(e):
+        if not is_out_of_memory(e):
             raise
         fail("out of memory: lower --micro_batch_size or --block_size")
     finally:
-        lock.release(force=True)
+        if lock.is_locked:
+            with suppress(OSError):
+                (out / ".lock").unlink()  # before the release: then nobody else can hold it
+            lock.release()
+            with suppress(OSError):
+                out.rmdir()  # only if a start that failed has left it empty
         if log:
             log.bar.close()
     code = 128 + (stop.signum or signal.SIGTERM) if stop.asked else 0
-    written = f"{out / f'step_{run.step:06d}.pt'} is written"
+    written = f"{out / f'step_{run.step:06d}.pt'} is written{hint_of_best(out, run.state())}"
     if code:
         show(f"stopped at step {run.step}; {written}. Resume with: {again}")
     else:
         option = "" if out == Path("out") else f" --checkpoint {shlex.quote(str(out))}"
-        show(f"done: {run.step} steps; {written}. "
+        show(f"done at step {run.step}; {written}. "
              f"Next: python sample.py --prompt \"ROMEO:\"{option}")
-        best = run.best["step"] if run.best else run.step
-        if best < run.step and (out / f"step_{best:06d}.pt").exists():
-            show(f"The held-out loss was lowest at step {best}: "
-                 f"python sample.py --checkpoint {shlex.quote(str(out / 'best'))} takes that one")
     if run.machine.world_size > 1:
         # An ending process waits for gloo's threads, which wait for Python: it would hang, or abort
         # (pytorch #190489).

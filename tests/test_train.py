@@ -239,7 +239,7 @@ def test_the_best_held_out_loss_is_kept_and_named(tiny, monkeypatch):
     assert result.code == 0 and result.out.count("best 5.0000 at step 4") == 5
     assert steps_left() == [4, 10, 12]
     assert read("out/step_000012.pt")["best"] == {"step": 4, "val_loss": 5.0}
-    assert "python sample.py --checkpoint out/best" in result.out.splitlines()[-1]
+    assert "lowest at step 4: --checkpoint out/best)" in result.out.splitlines()[-1]
 
 
 @pytest.mark.parametrize("keep, left", [(2, [3, 4]), (1, [4]), (0, [1, 2, 3, 4])])

@@ -183,7 +183,8 @@ def check_sides(counts, args):
         raise ValueError(f"the hashes of all {documents:,} documents put them on one side; give "
                          "more documents, cut them smaller, or take another --val_fraction")
     share = val / (train + val)
-    if not args.val_fraction / 2 <= share <= args.val_fraction * 2:
+    is_near = args.val_fraction / 2 <= share <= args.val_fraction * 2
+    if not is_near or 1 - share < (1 - args.val_fraction) / 2:
         prepare.log(f"note: {share:.2%} of the tokens are held out, and --val_fraction asks for "
                     f"{args.val_fraction:.2%}: whole documents are held out, chosen by hash, and "
                     "these are few or of very different sizes; give more, or cut long ones smaller")

@@ -10,6 +10,8 @@ import argparse
 import html
 import os
 import random
+import re
+import shlex
 import shutil
 import sys
 import threading
@@ -17,6 +19,9 @@ import time
 from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
+
+from model import HUB_NAME
+from prepare import typed_path
 
 os.environ.update(GRADIO_ANALYTICS_ENABLED="False", HF_HUB_DISABLE_TELEMETRY="1")
 
@@ -253,29 +258,33 @@ main([])
 """
 
 
+PRIVATE = shutil.ignore_patterns("run.json", ".lock", "samples", "superseded", "tensorboard")
+
+
 def write_space(folder, names):
     """Writes a folder that is a Hugging Face Space as it stands: page, scripts, model folders."""
     root = Path(__file__).resolve().parent.parent
-    try:
-        (folder / "tools").mkdir(parents=True)
-        for file in ("model.py", "train.py", "prepare.py", "sample.py", "tools/__init__.py",
-                     "tools/demo.py", "tools/plot.py"):
-            shutil.copy(root / file, folder / file)
-        for i, name in enumerate(names):
-            if Path(name).is_dir():
-                names[i] = Path(name).resolve().name
-                shutil.copytree(name, folder / names[i])
-    except FileExistsError:
+    sources = {Path(name).resolve().name: name for name in names if Path(name).is_dir()}
+    if len(sources) < sum(os.path.exists(name) for name in names):
+        fail("--space: name folders with --checkpoint, each with a name of its own", 2)
+    if folder.exists():
         fail(f"--space {folder}: is there already; name another", 2)
+    (folder / "tools").mkdir(parents=True)
+    for file in ("model.py", "train.py", "prepare.py", "sample.py", "tools/__init__.py",
+                 "tools/demo.py", "tools/plot.py"):
+        shutil.copy(root / file, folder / file)
+    for name, source in sources.items():
+        shutil.copytree(source, folder / name, ignore=PRIVATE)
+    names = [*sources, *(name for name in names if not os.path.exists(name))]
     pinned = [line.split()[0] for file in ("requirements.txt", "tools/requirements.txt")
               for line in (root / file).read_text().splitlines() if "==" in line]
     versions = dict(line.split("==") for line in pinned)
     needed = [f"{name}=={versions[name]}" for name in ("torch", "transformers", "numpy")]
     (folder / "requirements.txt").write_text("\n".join(needed) + "\n")
     (folder / "README.md").write_text(FRONT_MATTER.format_map(versions))
-    (folder / "app.py").write_text(APP.format(names=" ".join(names)))
+    (folder / "app.py").write_text(APP.format(names=shlex.join(names)))
     print(f"{folder} is written: create a Gradio Space, and push this folder to it, as in\n"
-          f"hf upload --repo-type space USER/NAME {folder}")
+          f"hf upload --repo-type space USER/NAME {shlex.quote(str(folder))}")
 
 
 def main(argv=None):
@@ -284,16 +293,20 @@ def main(argv=None):
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = lambda message: fail(message, 2)
     add = parser.add_argument
-    add("--checkpoint", nargs="+", default=os.environ.get("CHECKPOINT", "").split(), metavar="NAME",
+    names = shlex.split(os.environ.get("CHECKPOINT", ""))
+    add("--checkpoint", nargs="+", type=typed_path, default=names, metavar="NAME",
         help="as for sample.py; several become a choice [the variable CHECKPOINT, else all here]")
     add("--port", type=int, help="of the page [the first free one from 7860 on]")
     add("--host", help="0.0.0.0 lets others in [the variable GRADIO_SERVER_NAME, else 127.0.0.1]")
-    add("--space", type=Path, metavar="FOLDER", help="write a Space with --checkpoint, and end")
+    add("--space", type=typed_path, metavar="FOLDER", help="write a Space with --checkpoint, and end")
     args = parser.parse_args(argv)
+    for name in args.checkpoint:
+        if not Path(name).exists() and "best" not in name and not re.fullmatch(HUB_NAME, name):
+            fail(f"--checkpoint {name}: no such file or folder", 2)
     if args.space:
         if not args.checkpoint:
             fail("--space: name exported folders or hub names with --checkpoint", 2)
-        return write_space(args.space, args.checkpoint)
+        return write_space(Path(args.space), args.checkpoint)
     try:
         import gradio as gr
     except ImportError:
@@ -307,7 +320,7 @@ def main(argv=None):
         _, url, _ = blocks.launch(server_name=args.host, server_port=args.port, share=False,
                                   theme=theme, css=CSS, footer_links=["api"], ssr_mode=False,
                                   show_error=True, quiet=True, prevent_thread_lock=True)
-    except OSError as e:
+    except (OSError, OverflowError) as e:
         fail(e)
     print(f"open {url} (Ctrl-C ends it)", flush=True)
     blocks.block_thread()

@@ -12,6 +12,7 @@ import json
 import math
 import os
 import re
+import shlex
 import shutil
 import sys
 import tempfile
@@ -21,7 +22,7 @@ from functools import partial
 from pathlib import Path
 
 import prepare
-from sample import HUB_NAME
+from model import HUB_NAME
 
 fail = partial(prepare.fail, "tools.export")
 HUB_DATASET = rf"({HUB_NAME})(:[\w.-]+)?, split \S+"  # how tools.corpus names it in meta.json
@@ -46,12 +47,12 @@ print(pipeline("text-generation", "{place}")("ROMEO:", max_new_tokens=100)[0]["g
 ```
 
 ```sh
-python sample.py --checkpoint {place} --prompt "ROMEO:"    # in the trainer's own folder
-lm_eval --model hf --model_args pretrained={place} --tasks lambada_openai,hellaswag
-python llama.cpp/convert_hf_to_gguf.py {folder} --outfile {title}.gguf
-llama-completion -m {title}.gguf -p "ROMEO:" -no-cnv
+python sample.py --checkpoint {target} --prompt "ROMEO:"    # in the trainer's own folder
+lm_eval --model hf --model_args pretrained={target} --tasks lambada_openai,hellaswag
+pip install sentencepiece && python llama.cpp/convert_hf_to_gguf.py {quoted} --outfile {quoted}.gguf
+llama-completion -m {quoted}.gguf -p "ROMEO:" -no-cnv
 printf 'FROM ./{title}.gguf\\nTEMPLATE "{{{{ .Prompt }}}}"\\n' > Modelfile
-ollama create {title} && ollama run {title} "ROMEO:"
+ollama create {quoted} && ollama run {quoted} "ROMEO:"
 ```
 
 ## Data and losses
@@ -203,11 +204,12 @@ def write_card(args, folder, state, parameters, title):
     machine = [f"git {commit}"] if commit else []
     machine += [f"{name} {value}" for name, value in state["machine"].items()]
     (folder / "README.md").write_text(CARD.format(
-        front=front_matter(args, state, meta, figures, title), title=title, folder=title,
-        place=args.push_to_hub or title, data=describe_data(meta, state["tokens"]),
+        front=front_matter(args, state, meta, figures, title), title=title,
+        place=args.push_to_hub or title, target=shlex.quote(args.push_to_hub or title),
+        quoted=shlex.quote(title), data=describe_data(meta, state["tokens"]),
         losses="\n\n".join(losses), warning=warning, machine=", ".join(machine),
         summary=f"A language model of {parameters:,} parameters in the architecture of SmolLM2 "
-                f"(Llama), {origin} for {step:,} steps; its weights are {args.dtype}.",
+                f"(Llama), {origin} up to step {step:,}; its weights are {args.dtype}.",
         recipe="\n".join(f"{name} = {value!r}" for name, value in config.items()
                          if name not in PATHS and value != KEYS[name].default)), encoding="utf-8")
 
@@ -246,7 +248,7 @@ def main(argv=None):
     parser.error = partial(fail, code=2)
     add = parser.add_argument
     add("checkpoint", help="a file, an out_dir (its newest), best, OUT_DIR/best")
-    add("folder", type=lambda text: Path(text).expanduser(), help="the folder to write")
+    add("folder", type=lambda text: Path(prepare.typed_path(text)), help="the folder to write")
     add("--dtype", choices=["float32", "bfloat16"], default="float32", help="[float32]")
     add("--licence", "--license", metavar="NAME", help="for the card: mit, apache-2.0, cc-by-4.0, "
         "... (not given: the card names none)")
@@ -262,6 +264,8 @@ def main(argv=None):
     if args.folder.exists() and any(args.folder.iterdir()) and not args.overwrite:
         fail(f"{args.folder} is not empty: choose another folder, or replace its files with "
              "--overwrite", 2)
+    if (args.folder / "metrics.jsonl").exists():
+        fail(f"{args.folder} holds a run: choose another folder", 2)
     try:
         export(args)
     except ValueError as e:

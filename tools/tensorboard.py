@@ -6,6 +6,7 @@
 """
 import argparse
 import json
+import shlex
 import signal
 import sys
 import time
@@ -13,6 +14,7 @@ from functools import partial
 from pathlib import Path
 
 import prepare
+from tools.export import PATHS
 from tools.plot import read_metrics
 
 fail = partial(prepare.fail, "tools.tensorboard")
@@ -23,6 +25,7 @@ TAGS = {"loss": "loss/training", "val_loss": "loss/held-out", "lr": "optimizer/l
 def new_writer(out):
     """A writer whose events take the place of those that were written before."""
     recipe = json.loads((out / "run.json").read_text(encoding="utf-8"))["config"]
+    recipe = {name: value for name, value in recipe.items() if name not in PATHS}
     from torch.utils.tensorboard import SummaryWriter
     events = SummaryWriter(out / "tensorboard" / out.name, purge_step=0)
     events.add_custom_scalars({"loss": {"both": ["Multiline", ["loss/.*"]]}})
@@ -49,15 +52,16 @@ def main(argv=None):
     parser = argparse.ArgumentParser("tools.tensorboard", description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = partial(fail, code=2)
-    parser.add_argument("run", type=Path, help="an out_dir of train.py")
+    parser.add_argument("run", type=prepare.typed_path, help="an out_dir of train.py")
     parser.add_argument("--follow", action="store_true", help="look for more every five seconds")
     args = parser.parse_args(argv)
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # all that was written is on the disk
-    out = args.run.expanduser().resolve()
+    out = Path(args.run).resolve()
     try:
         events, step = new_writer(out), 0
         step = write_events(events, out, step)
-        print(f"step {step}; tensorboard --logdir {out / 'tensorboard'} shows it", file=sys.stderr)
+        folder = shlex.quote(str(out / "tensorboard"))
+        print(f"step {step}; tensorboard --logdir {folder} shows it", file=sys.stderr)
         while args.follow:
             time.sleep(5)
             step = write_events(events, out, step)
