@@ -83,7 +83,7 @@ class TrainConfig(SmolLM2Config):
     eval_tokens: int = key(1_000_000, "held-out tokens it reads at most", free=True)
     sample_interval: int = key(500, "a text in out_dir/samples", zero=True, free=True)
     checkpoint_interval: int = key(250, "a checkpoint; every end makes one", zero=True, free=True)
-    keep_checkpoints: int = key(2, "newest to keep, besides the best (0: all)", zero=True, free=True)
+    keep_checkpoints: int = key(2, "newest kept besides the best (0: all)", zero=True, free=True)
     # the machine
     device: str = key("auto", "auto, cpu, cuda, cuda:1, mps", free=True)
     dtype: str = key("auto", "of the products; weights and optimizer stay float32", free=True,
@@ -533,7 +533,7 @@ def read_checkpoint(path, **kwargs):
         size = os.fstat(f.fileno()).st_size
         raw = np.memmap(f, np.uint8, "r") if size > TAIL else np.zeros(TAIL, np.uint8)
     if raw[-TAIL:].tobytes() != DIGEST_MARK + digest(raw[:-TAIL]):
-        raise ValueError(f"{path} is damaged, or no checkpoint of this train.py (its sha256 does not fit)")
+        raise ValueError(f"{path} is damaged, or not of this train.py (its sha256 does not fit)")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True, **kwargs)
         for name, value in state["config"].items():
@@ -1018,6 +1018,7 @@ def main(argv=None):
     stop, log, run = Stop(), None, None
     out, source = find_run(overrides, args)
     again = resume_command(out)
+    is_new = not out.exists()
     lock = filelock.FileLock(out / ".lock", timeout=0)  # until this process ends, however it ends
     try:
         if is_first and out.exists():
@@ -1053,8 +1054,9 @@ def main(argv=None):
             with suppress(OSError):
                 (out / ".lock").unlink()  # before the release: then nobody else can hold it
             lock.release()
+        if is_first and is_new:
             with suppress(OSError):
-                out.rmdir()  # only if a start that failed has left it empty
+                out.rmdir()  # of a start that failed: if there is anything in it, it stays
         if log:
             log.bar.close()
     code = 128 + (stop.signum or signal.SIGTERM) if stop.asked else 0

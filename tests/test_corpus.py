@@ -1,8 +1,10 @@
 """What python -m tools.corpus promises."""
+import argparse
 import gzip
 import json
 import random
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -128,6 +130,12 @@ def test_a_lopsided_share_is_said_plainly(run):
     for share, is_noted in (0.4, False), (0.05, True):
         code, _, err = run("--input", jsonl("docs.jsonl", texts), "--val_fraction", share)
         assert code == 0 and ("--val_fraction" in err) == is_noted
+
+
+def test_a_side_to_train_that_is_nearly_empty_is_said_too(capsys):
+    counts = {"train": Counter(tokens=5, documents=1), "val": Counter(tokens=995, documents=1)}
+    corpus.check_sides(counts, argparse.Namespace(val_fraction=0.5))
+    assert "99.50% of the tokens are held out" in capsys.readouterr().err
 
 
 def test_characters_without_a_token_are_an_error_unless_allowed(run, real_data):

@@ -107,6 +107,18 @@ def test_a_signal_to_one_process_stops_all_after_the_same_step(data, undisturbed
     assert lost_bits(undisturbed[0], out) == 0
 
 
+def test_one_process_two_and_one_again_are_named_and_skip_no_data(data, tmp_path):
+    keep = ["--lr_decay_steps=12", "--eval_interval=0"]
+    assert train_here(data, tmp_path / "out", "--max_steps=4", *keep).code == 0
+    text, _ = run_two(tmp_path, keys(data, "--max_steps=8", *keep))
+    assert "processes 1 → 2" in text
+    done = train_here(data, tmp_path / "out", "--max_steps=12", "--resume=auto", *keep)
+    assert done.code == 0 and "processes 2 → 1" in done.out
+    state = train.read_checkpoint(tmp_path / "out" / "step_000012.pt")
+    assert (state["epoch"], state["sequence"], state["tokens"]) == (0, 12 * 4, 12 * 4 * 32)
+    assert [line["step"] for line in metrics(tmp_path / "out")] == list(range(1, 13))
+
+
 @pytest.mark.slow
 def test_killed_worker_is_restarted_and_goes_on_by_itself(data, undisturbed, tmp_path):
     out, agent = tmp_path / "out", ("--standalone", "--nproc_per_node=2", "--max-restarts=3")

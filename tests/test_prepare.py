@@ -19,7 +19,8 @@ import pytest
 from filelock import FileLock
 
 import prepare
-from tests.harness import ROOT, assert_refused, expect_end, flip, run_main, run_script, seal
+from tests.harness import (ROOT, Process, assert_refused, expect_end, flip, run_main, run_script,
+                           seal)
 
 PROSE = "The quick brown fox jumps over the lazy dog; it's 42 times, they said.\n" * 40
 GOLDEN = "1895d231cbeb99f9f1323205e5a2da9471553a0960d16d5a3a685d9dac4e4729"  # of the real ids
@@ -244,16 +245,23 @@ def test_a_tokenizer_from_a_stranger_runs_no_code(run, stand_in):
     assert not list(Path().rglob("ran"))
 
 
+BEGINNINGS = {"PDF": b"%PDF-1.7", "zip": b"PK\3\4", "Parquet": b"PAR1", "xz": b"\xfd7zXZ",
+              "bzip2": b"BZh9", "Zstandard": b"\x28\xb5\x2f\xfd", "UTF-32": b"\xff\xfe\0\0"}
+
+
 @pytest.mark.parametrize("typed, code, words", [
     ("none.txt", 1, "none.txt"),
     ("empty.txt", 1, "empty.txt 0"),
     ("short.txt", 1, "short.txt 1"),
     ("utf16.txt", 1, "UTF-16 iconv utf16.txt"),
     ("gz.txt", 1, "gzip gunzip gz.txt"),
+    ("bare.txt", 1, "zero UTF-16LE bare.txt"),
+    *((f"{kind}.txt", 1, f"{kind} {kind}.txt") for kind in BEGINNINGS),
     ("latin1.txt", 1, "0xE9 2,843 iconv LATIN1 latin1.txt"),
     ("good.txt --tokenizer=hollow", 1, "hollow tokenizer.json"),
     ("good.txt --tokenizer=broken", 1, "broken"),
     ("good.txt --tokenizer=a:b", 1, "--tokenizer a:b"),
+    ("good.txt --tokenizer=/nope/a", 1, "/nope/a no such folder"),
     ("good.txt --tokenizer=huge", 1, "65,537 uint16"),
     ("good.txt --out_dir=full", 1, "full me"),
     ("good.txt --out_dir=nano", 1, "nano train.bin"),
@@ -272,7 +280,9 @@ def test_every_mistake_gets_its_line_and_leaves_everything_as_it_was(
         run, stand_in, typed, code, words):
     files = {"good.txt": PROSE, "empty.txt": "\ufeff", "short.txt": "!?", "gz.txt": b"\x1f\x8b",
              "utf16.txt": PROSE.encode("utf-16"), "latin1.txt": PROSE.encode() + b"caf\xe9 ol\xe9",
-             "nano/train.bin": "ids", "hollow/x": "", "broken/tokenizer.json": "{}", "full/me": ""}
+             **{f"{kind}.txt": begin + b"..." for kind, begin in BEGINNINGS.items()},
+             "bare.txt": PROSE.encode("utf-16-le"), "nano/train.bin": "ids", "hollow/x": "",
+             "broken/tokenizer.json": "{}", "full/me": ""}
     for name, content in files.items():
         write(name, content)
     if "huge" in typed:
@@ -285,6 +295,13 @@ def test_every_mistake_gets_its_line_and_leaves_everything_as_it_was(
     result = run("--input", *typed.split())
     refused(result, *words.split(), code=code)
     assert result.out == "" and snapshot() == before
+
+
+def test_an_older_python_gets_one_line(tmp_path):
+    code = "import sys; sys.version_info = (3, 10); import prepare"
+    with Process(["-c", code], tmp_path, PYTHONPATH=str(ROOT)) as process:
+        assert process.wait(60) == 1
+        assert process.text.startswith("Python 3.11 or newer") and process.text.count("\n") == 1
 
 
 def test_paths_mean_what_they_mean_in_a_shell(run, monkeypatch, tmp_path):

@@ -1,14 +1,20 @@
 """Exact resume: a run that was stopped, in any way, ends with the bits of one never stopped."""
+import fcntl
 import os
 import pickle
+import pty
 import random
+import re
+import select
 import shlex
 import shutil
 import signal
 import socket
 import stat
+import struct
 import subprocess
 import sys
+import termios
 import time
 from pathlib import Path
 
@@ -22,8 +28,8 @@ import sample
 import train
 from tests.harness import (ROOT, RUN, Process, assert_refused, assert_same_bits, differences,
                            expect_end, flip, is_saving, last_step, make_data, make_tokenizer,
-                           metrics, read, resume_here, run_main, snapshot, train_here, training,
-                           untimed, write_data)
+                           metrics, read, resume_here, run_main, snapshot, start, train_here,
+                           training, untimed, write_data)
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
@@ -145,6 +151,25 @@ def test_a_log_has_each_line_in_time_and_a_second_ctrl_c_leaves_at_once(data):
     assert not train.checkpoints("out")
 
 
+@pytest.mark.parametrize("columns", [80, 120])
+def test_the_bar_fits_the_terminal_and_tells_loss_speed_and_time_left(columns, data):
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("4H", 24, columns, 0, 0))
+    command = [ROOT / "train.py", *RUN, f"--data_dir={data}", "--max_steps=200"]
+    with open(theirs, "wb") as terminal:
+        process = start(command, Path.cwd(), {**os.environ}, (), [terminal] * 3)
+    text = b""
+    while process.poll() is None or select.select([ours], [], [], 0)[0]:
+        if select.select([ours], [], [], 0.1)[0]:
+            text += os.read(ours, 4096)
+    os.close(ours)
+    assert process.poll() == 0
+    bars = [line for line in re.split(r"[\r\n]+", text.decode()) if "%|" in line]
+    assert len(bars) > 3 and max(map(len, bars)) <= columns
+    for word in ("█", "/200", "loss", "tok/s", "left", *("lr", "norm") * (columns == 120)):
+        assert word in bars[-1], bars[-1]
+
+
 def test_ctrl_c_before_the_first_step_ends_it_and_leaves_nothing(data, tmp_path):
     code = ("import os, sys, train\n"
             "train.SmolLM2 = lambda config: os.kill(os.getpid(), 2)\n"
@@ -235,6 +260,33 @@ def test_a_run_that_draws_from_the_generators_resumes_to_the_bit(run, noise):
     assert_same_end("whole", "out")
 
 
+def lose_optimizer(state, monkeypatch):
+    state["optimizer"]["state"] = {}
+
+
+def lose_generators(state, monkeypatch):
+    state["rng"][0]["torch"] = torch.Generator().manual_seed(1).get_state()
+
+
+def lose_order(state, monkeypatch):
+    real = train.epoch_order
+    monkeypatch.setattr(train, "epoch_order", lambda seed, epoch, *n: real(seed + epoch, epoch, *n))
+
+
+@pytest.mark.parametrize("lose", [lose_optimizer, lose_generators, lose_order])
+def test_control_a_resume_with_a_part_of_its_state_lost_is_seen(lose, run, noise, short,
+                                                                monkeypatch):
+    keys = [*short, "--lr_decay_steps=8"]
+    assert run(*keys, "--max_steps=8", "--out_dir=whole").code == 0
+    assert run(*keys, "--max_steps=4").code == 0
+    state = train.read_checkpoint(Path("out/step_000004.pt"))
+    lose(state, monkeypatch)
+    train.write_checkpoint(Path("out/step_000004.pt"), state)
+    assert is_same_run(resume("--max_steps=8"))  # it cannot know
+    weights = [read(f"{out}/step_000008.pt")["model"] for out in ("whole", "out")]
+    assert differences(*weights) and untimed("whole")[4:] != untimed("out")[4:]
+
+
 def test_control_the_comparison_sees_one_bit(eight_steps):
     a, b = (train.read_checkpoint(eight_steps / "step_000008.pt") for _ in range(2))
     assert not differences(a, b)
@@ -282,6 +334,19 @@ def test_from_an_older_checkpoint_the_steps_repeat_and_later_files_are_set_aside
     assert_same_end(finished, eight_steps)
     aside = sorted(path.name for path in (finished / "superseded").iterdir())
     assert aside == ["step_000006.pt", "step_000008.pt"]
+
+
+def test_a_checkpoint_copied_alone_resumes_and_no_step_is_logged_twice(finished):
+    Path("copy").mkdir()
+    shutil.copy(finished / "step_000004.pt", "copy")
+    keys = ["--resume=copy", "--checkpoint_interval=0", "--eval_interval=0"]
+    for steps, removed in (8, 8), (9, 9), (10, None):
+        assert run_main(train.main, *keys, f"--max_steps={steps}", threads=1).code == 0
+        if removed:
+            os.remove(f"copy/step_{removed:06d}.pt")
+    assert [line["step"] for line in metrics("copy")] == [5, 6, 7, 8, 9, 10]
+    assert untimed("copy")[:4] == [{k: v for k, v in line.items() if k != "val_loss"}
+                                   for line in untimed(finished)[4:]]
 
 
 def test_a_finished_run_stays_as_it_is(finished, run):

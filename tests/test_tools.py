@@ -3,6 +3,7 @@ import importlib.util
 import json
 import os
 import re
+import shlex
 import shutil
 import socket
 import subprocess
@@ -17,7 +18,8 @@ import torch
 import sample
 import train
 from model import SmolLM2Config, from_pretrained
-from tests.harness import ROOT, TINY, Process, assert_refused, expect_end, metrics, run_main
+from tests.harness import (ROOT, TINY, Process, assert_refused, expect_end, metrics, run_main,
+                           snapshot)
 from tools import bench, demo, export, plot, tensorboard
 
 HARD_TEXTS = [
@@ -239,6 +241,8 @@ def test_tensorboard_gets_every_step_once_however_often_it_is_asked(run_dir):
     assert [event.step for event in events.Scalars("loss/training")] == list(range(1, 13))
     assert [event.step for event in events.Scalars("loss/held-out")] == [4, 8, 12]
     assert "recipe/text_summary" in events.Tags()["tensors"]
+    raw = b"".join(path.read_bytes() for path in (run_dir / "tensorboard").rglob("event*"))
+    assert str(run_dir.parent).encode() not in raw and b"data_dir" not in raw
 
 
 @pytest.mark.slow
@@ -353,6 +357,19 @@ def test_programs_call_generate(demo_url, run_dir):
     assert f"To be{text}\n" == done.out
     with pytest.raises(Exception, match="no x"):
         client.predict(checkpoint="x", prompt="", api_name="/generate")
+
+
+def test_a_space_is_a_new_folder_and_tells_nothing_of_this_machine(run_dir):
+    done = run_main(demo.main, "--checkpoint", run_dir, "--space", "sp ace")
+    assert done.code == 0 and shlex.split(done.out.splitlines()[-1])[-1] == "sp ace"
+    assert not {"run.json", ".lock", "samples"} & {path.name for path in Path("sp ace").rglob("*")}
+    assert train.checkpoints(f"sp ace/{run_dir.name}")
+    before = snapshot("sp ace")
+    for argv, word in [((run_dir, "--space", "sp ace"), "sp ace"), (("no/run/x",), "no/run/x"),
+                       ((run_dir, run_dir, "--space", "new"), "name of its own")]:
+        refused = run_main(demo.main, "--checkpoint", *argv)
+        assert_refused(refused, "tools.demo", word, code=2)
+    assert snapshot("sp ace") == before and os.listdir() == ["sp ace"]
 
 
 @pytest.mark.slow

@@ -1,6 +1,7 @@
 """train.py: recipes and keys, learning rate, order of the data, what a run writes and refuses."""
 import json
 import math
+import os
 import shutil
 import types
 from dataclasses import replace
@@ -60,12 +61,17 @@ def test_the_command_line_wins_over_the_recipe_and_the_recipe_over_the_defaults(
     assert overrides == {"max_steps": 7, "seed": 6, "min_lr": 1.0, "batch_size": 12,
                          "compile": False, "rope_theta": 1e4}
     assert type(overrides["min_lr"]) is float and args.resume is None
+    refused(run_main(train.main, "r.py", "max_steps=10"), "max_steps=10", "--max_steps?")
 
 
 @pytest.mark.parametrize("typed, words", [
     ("--learning_rat=1", "learning_rate?"),
     ("--max_steps=1.5", "max_steps '1.5' int"),
     ("--max_steps", "max_steps"),
+    ("max_steps=10", "--max_steps=10?"),
+    ("--learning_rate -1e-3", "learning_rate --key=value"),
+    ("--nope", "--nope --help?"),
+    ("--resume=", "--resume empty"),
     ("--out_dir=", "out_dir empty"),
     ("--learning_rate=nan", "learning_rate nan"),
     ("--batch_size=0", "batch_size more"),
@@ -240,6 +246,8 @@ def test_the_best_held_out_loss_is_kept_and_named(tiny, monkeypatch):
     assert steps_left() == [4, 10, 12]
     assert read("out/step_000012.pt")["best"] == {"step": 4, "val_loss": 5.0}
     assert "lowest at step 4: --checkpoint out/best)" in result.out.splitlines()[-1]
+    state = {"step": 13, "best": {"step": 12}, "config": {"eval_interval": 2}}
+    assert not train.hint_of_best(Path("out"), state)  # nothing after it was evaluated
 
 
 @pytest.mark.parametrize("keep, left", [(2, [3, 4]), (1, [4]), (0, [1, 2, 3, 4])])
@@ -340,6 +348,7 @@ def test_data_and_weights_that_do_not_fit_or_are_damaged_are_refused(tiny):
     save_pretrained(SmolLM2(CONFIG), Path("hf"), torch.float32)
     refused(tiny("--init_from=hf", "--hidden_size=64"), "hidden_size", 64, 32)
     refused(tiny("--init_from=none/such"), "init_from", "none/such", code=1)
+    refused(tiny("--init_from=./such"), "init_from", "no folder ./such", code=1)
     assert not Path("out").exists()
 
 
@@ -355,4 +364,6 @@ def test_a_disk_without_room_is_refused_before_the_first_step(tiny, monkeypatch)
     usage = shutil.disk_usage(".")._replace(free=300_000)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
     refused(tiny("--max_steps=1"), "GB", code=1)
-    assert not Path("out/metrics.jsonl").exists()
+    Path("mine").mkdir()
+    refused(tiny("--max_steps=1", "--out_dir=mine"), "GB", code=1)
+    assert not Path("out").exists() and not os.listdir("mine")

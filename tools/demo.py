@@ -298,7 +298,7 @@ def main(argv=None):
         help="as for sample.py; several become a choice [the variable CHECKPOINT, else all here]")
     add("--port", type=int, help="of the page [the first free one from 7860 on]")
     add("--host", help="0.0.0.0 lets others in [the variable GRADIO_SERVER_NAME, else 127.0.0.1]")
-    add("--space", type=typed_path, metavar="FOLDER", help="write a Space with --checkpoint, and end")
+    add("--space", type=typed_path, metavar="FOLDER", help="write a Space with --checkpoint")
     args = parser.parse_args(argv)
     for name in args.checkpoint:
         if not Path(name).exists() and "best" not in name and not re.fullmatch(HUB_NAME, name):

@@ -167,8 +167,10 @@ def main(argv=None):
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = partial(fail, code=2)
     add = parser.add_argument
-    add("runs", nargs="+", type=prepare.typed_path, metavar="RUN", help="out_dirs of train.py, or metrics.jsonl files")
-    add("--output", type=prepare.typed_path, help="a .png or .svg file [plot.png in the first folder]")
+    add("runs", nargs="+", type=prepare.typed_path, metavar="RUN",
+        help="out_dirs of train.py, or metrics.jsonl files")
+    add("--output", type=prepare.typed_path,
+        help="a .png or .svg file [plot.png in the first folder]")
     add("--x", choices=list(AXES), default="step", help="what runs to the right [step]")
     args = parser.parse_args(argv)
     first = Path(args.runs[0])
