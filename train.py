@@ -832,7 +832,7 @@ def find_run(overrides, args):
 def load_run(out, source, overrides):
     """(config, state): state is the checkpoint's dict, or None where a run is to start."""
     if source is None and checkpoints(out):
-        fail(f"{out} holds a run: continue it with --resume, choose another --out_dir, or delete it: "
+        fail(f"{out} holds a run: continue it by --resume, choose another --out_dir, or delete it: "
              f"rm -r {shlex.quote(str(out))}", 2)
     if source is None:
         return TrainConfig(**overrides), None
