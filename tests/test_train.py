@@ -270,6 +270,42 @@ def test_weight_decay_is_on_matrices_only_and_the_optimizer_has_every_parameter(
         assert in_muon == {id(p) for p in model.model.layers.parameters() if p.dim() == 2}
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_muon_brings_singular_values_near_one_and_none_far_beyond(dtype):
+    """Also those of a matrix of rank one, whose value rounding can lift above one."""
+    torch.manual_seed(0)
+    u, _, vt = torch.linalg.svd(torch.randn(300, 64, 96), full_matrices=False)
+    spread = torch.logspace(0, -1.5, 64)
+    for values in (spread, torch.zeros(64).index_fill_(0, torch.tensor([0]), 1.0)):
+        found = torch.linalg.svdvals(train.orthogonal((u * values @ vt).to(dtype)).float())
+        assert found.max() < 1.4 and found[:, 0].min() > 0.6
+        if values is spread:
+            assert found.min() > 0.4
+
+
+def test_muon_orthogonalizes_attention_whole_and_the_mlp_in_pieces_of_256():
+    config = replace(CONFIG, optimizer="muon", muon_learning_rate=1.0, weight_decay=0.0,
+                     hidden_size=320, intermediate_size=768, num_attention_heads=4)
+    model = SmolLM2(config)
+    muon = train.make_optimizers(model, config, torch.float32)["muon"]
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    for p in model.parameters():
+        p.grad = torch.randn_like(p)
+    muon.step()
+    for name, rows, turned in [("self_attn.k_proj", 160, False), ("self_attn.o_proj", 320, False),
+                               ("mlp.up_proj", 256, False), ("mlp.down_proj", 256, True)]:
+        p = model.model.layers[1].get_submodule(name).weight
+        moved, grad = before[f"model.layers.1.{name}.weight"] - p.detach(), p.grad
+        scale = (len(grad) / grad.size(1)) ** 0.5 if turned else 1.0
+        if turned:
+            moved, grad = moved.T, grad.T
+        for piece, g in zip(moved.split(rows), grad.split(rows)):
+            values = torch.linalg.svdvals(piece / scale)
+            u, _, vt = torch.linalg.svd(g, full_matrices=False)
+            likeness = (piece * (u @ vt)).sum() / piece.norm() / (u @ vt).norm()
+            assert values.median() > 0.7 and values.max() < 1.4 and likeness > 0.95, name
+
+
 def test_gradients_are_clipped_to_the_norm_and_the_logged_norm_is_that_before():
     def step(clip):
         torch.manual_seed(0)
