@@ -11,6 +11,7 @@ import json
 import math
 import os
 import re
+import textwrap
 from dataclasses import dataclass, field, fields
 from functools import lru_cache
 from pathlib import Path
@@ -520,7 +521,7 @@ def from_pretrained(source):
             state["lm_head.weight"] = state["model.embed_tokens.weight"]
         model.load_state_dict(state, assign=True)
     except Exception as e:
-        problem = (str(e).splitlines() or [""])[0]
+        problem = textwrap.shorten(str(e), 200)
         raise ValueError(f"cannot load {source}: {type(e).__name__}: {problem}") from e
     model.lm_head.weight = model.model.embed_tokens.weight  # the assignment made two of them
     return model.float()
