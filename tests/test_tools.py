@@ -388,7 +388,7 @@ def test_a_space_starts_from_the_folder_that_one_command_writes(exported, tmp_pa
         text = client.predict(checkpoint="bard", prompt="To be", length=9, temperature=0,
                               api_name="/generate")
     assert greedy(exported, 9).startswith("To be") and text
-    assert_refused(run_main(demo.main, "--checkpoint", "bard", "--space", space), "tools.demo",
+    assert_refused(run_main(demo.main, "--checkpoint", exported, "--space", space), "tools.demo",
                    "space", code=2)
 
 
