@@ -403,7 +403,8 @@ class Run:
         for name, optimizer in self.optimizers.items():
             groups = optimizer.state_dict()["param_groups"]
             optimizer.load_state_dict({**state[name], "param_groups": groups})
-        self.scaler.load_state_dict(state["scaler"])
+        if state["scaler"]:  # it is empty but after fp16
+            self.scaler.load_state_dict(state["scaler"])
         if len(state["rng"]) == self.machine.world_size:
             set_rng_state(state["rng"][self.machine.rank])
         is_other_text = state["data"]["train"] != self.data.fingerprint()["train"]

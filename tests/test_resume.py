@@ -379,6 +379,9 @@ def test_a_change_that_bends_the_run_is_made_and_named(finished):
                    "dtype float32 → bfloat16"):
         assert change in line
     assert "max_steps" not in line and read("out/step_000010.pt")["config"]["batch_size"] == 2
+    for steps, dtype in (11, "float16"), (12, "float32"):  # with a scaler, and without again
+        result = resume(f"--max_steps={steps}", f"--dtype={dtype}")
+        assert result.code == 0 and f"→ {dtype}" in result.out, result
 
 
 def test_other_data_are_refused_unless_named(finished, data):
