@@ -562,11 +562,11 @@ def print_next(out_dir):
     print(f"next: python train.py config/smollm2.py{option}")
 
 
+@command("prepare.py")
 def main(argv=None):
-    with command("prepare.py"):
-        args = parse_args(argv)
-        prepare(args)
-        print_next(args.out_dir)
+    args = parse_args(argv)
+    prepare(args)
+    print_next(args.out_dir)
 
 
 if __name__ == "__main__":

@@ -34,6 +34,7 @@ from pathlib import Path
 if __name__ == "__main__" and signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # until there is something to save
 
+import prepare  # isort: skip (first: it tells an older Python, in one line)
 import filelock
 import numpy as np
 import torch
@@ -42,7 +43,6 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils import collect_env
 from tqdm import tqdm
 
-import prepare
 from model import (SmolLM2, SmolLM2Config, compiler_problem, from_pretrained, generate,
                    is_out_of_memory, keep_freed_memory, key, pick_device)
 
@@ -745,14 +745,13 @@ def read_recipe(path):
         fail(f"the recipe {path} is not Python: {e}", 2)
     words = []
     for node in tree.body:
-        match node:
-            case ast.Assign([ast.Name(name)], ast.Constant(value)):
-                words.append(f"--{name}={value}")
-            case ast.Expr(ast.Constant()):  # a docstring
-                continue
-            case _:
-                fail(f"{path}, line {node.lineno}: a recipe holds plain assignments only, like "
-                     "batch_size = 4", 2)
+        value, targets = getattr(node, "value", None), getattr(node, "targets", [])
+        if isinstance(node, ast.Expr) and isinstance(value, ast.Constant):
+            continue  # a docstring
+        if not isinstance(value, ast.Constant) or [type(t) for t in targets] != [ast.Name]:
+            fail(f"{path}, line {node.lineno}: a recipe holds plain assignments only, like "
+                 "batch_size = 4", 2)
+        words.append(f"--{targets[0].id}={value.value}")
     return words
 
 
@@ -837,7 +836,7 @@ def load_run(out, source, overrides):
     """(config, state): state is the checkpoint's dict, or None where a run is to start."""
     if source is None and checkpoints(out):
         fail(f"{out} holds a run: continue it by --resume, choose another --out_dir, or delete it: "
-             f"rm -r {shlex.quote(str(out))}", 2)
+             f"rm -r -- {shlex.quote(str(out))}", 2)
     if source is None:
         return TrainConfig(**overrides), None
     try:

@@ -1,4 +1,5 @@
 """What prepare.py promises."""
+import ast
 import functools
 import hashlib
 import io
@@ -297,9 +298,15 @@ def test_every_mistake_gets_its_line_and_leaves_everything_as_it_was(
     assert result.out == "" and snapshot() == before
 
 
-def test_an_older_python_gets_one_line(tmp_path):
-    code = "import sys; sys.version_info = (3, 10); import prepare"
-    with Process(["-c", code], tmp_path, PYTHONPATH=str(ROOT)) as process:
+@pytest.mark.parametrize("file", [
+    "prepare.py", "train.py", "sample.py", *(f"tools/{name}.py" for name in (
+        "bench", "corpus", "demo", "export", "plot", "tensorboard"))])
+def test_an_older_python_without_packages_gets_one_line(file, tmp_path):
+    ast.parse((ROOT / file).read_text(encoding="utf-8"), feature_version=(3, 8))  # it can read on
+    module = file.removesuffix(".py").replace("/", ".")
+    code = (f"import runpy, sys; sys.version_info = (3, 10); sys.argv = ['{file}']; "
+            f"runpy.run_module('{module}', run_name='__main__')")
+    with Process(["-S", "-c", code], tmp_path, PYTHONPATH=str(ROOT)) as process:
         assert process.wait(60) == 1
         assert process.text.startswith("Python 3.11 or newer") and process.text.count("\n") == 1
 

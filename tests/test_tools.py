@@ -232,6 +232,14 @@ def test_a_plot_says_what_it_shows_from_the_first_step_on(run_dir, monkeypatch):
         assert "steps" in loss.get_xlabel()
 
 
+@needs("matplotlib")
+def test_a_full_standard_output_takes_no_work_with_it(run_dir):
+    Path("out").symlink_to(run_dir)
+    command = f"{sys.executable} -m tools.plot out > /dev/full 2>&1"
+    assert subprocess.run(command, shell=True, env={**os.environ, "PYTHONPATH": str(ROOT)}
+                          ).returncode == 0
+
+
 @needs("tensorboard")
 def test_tensorboard_gets_every_step_once_however_often_it_is_asked(run_dir):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -289,9 +297,11 @@ def test_a_missing_package_is_one_line(tool, package, run_dir, monkeypatch):
 
 
 @pytest.mark.slow
-def test_bench_shows_why_a_contestant_failed(tmp_path):
-    done = run_main(bench.main, "prepare", f"--data_dir={tmp_path}")
-    expect_end(done, [1], "all cores failed", "ValueError")
+def test_bench_shows_why_a_contestant_failed_and_goes_on_with_the_next_part(tmp_path):
+    done = run_main(bench.main, "prepare", "exact", f"--data_dir={tmp_path}")
+    expect_end(done, [1], "failed", "prepare, exact")
+    for reason in ("prepare: all cores failed: ", "tokenizer.json", "exact: train.py: data_dir"):
+        assert reason in done.err
 
 
 @needs("gradio")

@@ -254,7 +254,7 @@ class Contestant:
     """A contestant's process, with an empty compile cache of its own."""
 
     def __init__(self, name, label, *options):
-        self.label, self.answers = label, []
+        self.label, self.answers, self.problem = label, [], None
         self.cache, self.errors = tempfile.TemporaryDirectory(), tempfile.TemporaryFile("w+")
         start = time.perf_counter()
         self.process = subprocess.Popen(
@@ -265,6 +265,8 @@ class Contestant:
         self.first = time.perf_counter() - start  # seconds from launch to the end of the first turn
 
     def turn(self):
+        if self.problem:
+            return
         with suppress(BrokenPipeError):  # it ended: there is no answer
             self.process.stdin.write("\n")
             self.process.stdin.flush()
@@ -273,11 +275,13 @@ class Contestant:
             self.process.wait()
             self.errors.seek(0)
             lines = self.errors.read().strip().splitlines()
-            raise RuntimeError(f"{self.label} failed: {(lines or ['without a word'])[-1]}")
+            self.problem = f"{self.label} failed: {(lines or ['without a word'])[-1]}"
+            return
         self.answers.append(json.loads(answer))
 
     def close(self):
-        self.process.stdin.close()
+        with suppress(BrokenPipeError):
+            self.process.stdin.close()
         self.process.wait()
         self.cache.cleanup()
 
@@ -286,7 +290,8 @@ class Contestant:
 
 
 def take_turns(starters, runs, warmup, what):
-    """Starts the contestants, runs them in turns, and returns them, ended."""
+    """Starts the contestants, runs them in turns, and returns them, ended. One that fails is told
+    and left out. Raises RuntimeError where it is the first, to which the others are compared."""
     contestants, waiting = [], []
     turns = len(starters) * (1 + warmup + runs)
     with tqdm(total=turns, desc=what, leave=False, disable=None) as bar:
@@ -294,9 +299,9 @@ def take_turns(starters, runs, warmup, what):
             contestants.append(Contestant(*starter))
             waiting.append(contestants[-1])
             bar.update()
-            answer = contestants[-1].answers[0]
-            is_full = answer.get("room", np.inf) < 1.5 * answer["memory"]  # a GPU without more room
-            if starter != starters[-1] and not is_full:
+            is_full = [1.5 * answer["memory"] > answer.get("room", np.inf)
+                     for answer in contestants[-1].answers]
+            if starter != starters[-1] and not any(is_full):  # else: a GPU without room for another
                 continue
             for _ in range(warmup + runs):
                 for c in waiting:
@@ -306,7 +311,12 @@ def take_turns(starters, runs, warmup, what):
                 c.close()
                 c.answers = c.answers[1 + warmup:]
             waiting = []
-    return contestants
+    problems = [c.problem for c in contestants if c.problem]
+    if contestants[0].problem:
+        raise RuntimeError(contestants[0].problem)
+    for problem in problems:
+        prepare.log(problem)
+    return [c for c in contestants if not c.problem]
 
 
 def spread(values, form="{:.2f}"):
@@ -388,7 +398,7 @@ def bench_exact(args, report):
                            f"--max_steps={step}", "--resume=auto"]
                 done = subprocess.run(command, capture_output=True, text=True)
                 if done.returncode:
-                    raise RuntimeError(f"exact: {done.stderr.strip().splitlines()[-1]}")
+                    raise RuntimeError(done.stderr.strip().splitlines()[-1])
             states[name] = train.read_checkpoint(out / "step_000040.pt")
             shutil.rmtree(out)
     tensors = {name: list(find_tensors(state)) for name, state in states.items()}
@@ -459,6 +469,7 @@ STANDARD = ["train", "decode", "prepare"]
 GPU = ["tests", "exact", "train", "fast", "muon", "decode"]
 
 
+@prepare.command("tools.bench")
 def main(argv=None):
     parser = argparse.ArgumentParser(prog="python -m tools.bench", description=__doc__,
                                      allow_abbrev=False,
@@ -503,13 +514,17 @@ def main(argv=None):
         fail(f"--runs {args.runs}: must be 1 or more", 2)
     report = {"machine": processor()}
     print(report["machine"])
-    for part in parts:
+    failed = []
+    for part in parts:  # one that fails takes none of the others with it
         try:
             PARTS[part](args, report)
         except RuntimeError as e:
-            fail(e)
+            failed.append(part)
+            prepare.log(f"\n{part}: {e}")
         if args.output:
             Path(args.output).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    if failed:
+        fail(f"failed, see above: {', '.join(failed)}")
 
 
 if __name__ == "__main__":

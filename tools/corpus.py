@@ -247,11 +247,11 @@ def prepare_corpus(args):
     prepare.report(args.out_dir, meta)
 
 
+@prepare.command("tools.corpus")
 def main(argv=None):
-    with prepare.command("tools.corpus"):
-        args = parse_args(argv)
-        prepare_corpus(args)
-        prepare.print_next(args.out_dir)
+    args = parse_args(argv)
+    prepare_corpus(args)
+    prepare.print_next(args.out_dir)
 
 
 if __name__ == "__main__":

@@ -13,15 +13,14 @@ import random
 import re
 import shlex
 import shutil
-import sys
 import threading
 import time
 from contextlib import suppress
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 
+import prepare
 from model import HUB_NAME
-from prepare import typed_path
 
 os.environ.update(GRADIO_ANALYTICS_ENABLED="False", HF_HUB_DISABLE_TELEMETRY="1")
 
@@ -43,9 +42,7 @@ ONE_STEP = threading.Lock()  # two at once would take as long, and compile the s
 RUNNING = {}  # session: what it shows now; Stop takes it out, a later click replaces it
 
 
-def fail(message, code=1):
-    print("tools.demo:", *str(message).split(), file=sys.stderr)
-    raise SystemExit(code)
+fail = partial(prepare.fail, "tools.demo")
 
 
 def describe(file):
@@ -77,7 +74,6 @@ def found(asked):
 @lru_cache(maxsize=4)
 def load(name, changed):
     """(model, tokenizer, eos, device), loaded once for all. changed: when. Raises ValueError."""
-    import prepare
     import sample
     from model import pick_device
     device, dtype, _ = pick_device()
@@ -287,18 +283,19 @@ def write_space(folder, names):
           f"hf upload --repo-type space USER/NAME {shlex.quote(str(folder))}")
 
 
+@prepare.command("tools.demo")
 def main(argv=None):
     parser = argparse.ArgumentParser(prog="python -m tools.demo", description=__doc__,
                                      allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error = lambda message: fail(message, 2)
+    parser.error = partial(fail, code=2)
     add = parser.add_argument
     names = shlex.split(os.environ.get("CHECKPOINT", ""))
-    add("--checkpoint", nargs="+", type=typed_path, default=names, metavar="NAME",
+    add("--checkpoint", nargs="+", type=prepare.typed_path, default=names, metavar="NAME",
         help="as for sample.py; several become a choice [the variable CHECKPOINT, else all here]")
     add("--port", type=int, help="of the page [the first free one from 7860 on]")
     add("--host", help="0.0.0.0 lets others in [the variable GRADIO_SERVER_NAME, else 127.0.0.1]")
-    add("--space", type=typed_path, metavar="FOLDER", help="write a Space with --checkpoint")
+    add("--space", type=prepare.typed_path, metavar="FOLDER", help="write a Space with --checkpoint")
     args = parser.parse_args(argv)
     for name in args.checkpoint:
         if not Path(name).exists() and "best" not in name and not re.fullmatch(HUB_NAME, name):

@@ -241,6 +241,7 @@ def export(args):
         shutil.rmtree(new)
 
 
+@prepare.command("tools.export")
 def main(argv=None):
     parser = argparse.ArgumentParser(prog="python -m tools.export", description=__doc__,
                                      allow_abbrev=False,
@@ -268,8 +269,6 @@ def main(argv=None):
         fail(f"{args.folder} holds a run: choose another folder", 2)
     try:
         export(args)
-    except ValueError as e:
-        fail(e)
     except OSError as e:
         fail(f"cannot write {args.folder}: {e.strerror or e}")
     print(f"{args.folder} is written", file=sys.stderr)

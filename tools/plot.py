@@ -161,6 +161,7 @@ def draw(runs, output, x="step"):
             plt.close(figure)
 
 
+@prepare.command("tools.plot")
 def main(argv=None):
     parser = argparse.ArgumentParser(prog="python -m tools.plot", description=__doc__,
                                      allow_abbrev=False,
@@ -182,8 +183,6 @@ def main(argv=None):
         draw(runs, output, args.x)
     except ImportError:
         fail("matplotlib is missing: pip install -r tools/requirements.txt")
-    except ValueError as e:
-        fail(e)
     except OSError as e:
         fail(f"cannot write {output}: {e.strerror}")
     print(f"{output} is written")

@@ -7,7 +7,6 @@
 import argparse
 import json
 import shlex
-import signal
 import sys
 import time
 from functools import partial
@@ -48,6 +47,7 @@ def write_events(events, out, last_step):
     return rows[-1]["step"] if rows else last_step
 
 
+@prepare.command("tools.tensorboard")
 def main(argv=None):
     parser = argparse.ArgumentParser("tools.tensorboard", description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -55,7 +55,6 @@ def main(argv=None):
     parser.add_argument("run", type=prepare.typed_path, help="an out_dir of train.py")
     parser.add_argument("--follow", action="store_true", help="look for more every five seconds")
     args = parser.parse_args(argv)
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # all that was written is on the disk
     out = Path(args.run).resolve()
     try:
         events, step = new_writer(out), 0
