@@ -471,11 +471,18 @@ def command(program):
         fail(program, first_line(error))
 
 
-def new_parser(program, description, out_dir):
-    """The command line that prepare.py and tools.corpus share."""
-    parser = argparse.ArgumentParser(program, description=description, allow_abbrev=False,
+def new_parser(program, description):
+    """An argparse parser whose errors are one line."""
+    command = "python -m " if program.startswith("tools.") else "python "
+    parser = argparse.ArgumentParser(command + program, description=description, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error = functools.partial(fail, program, code=2)
+    parser.error = lambda problem: fail(
+        program, problem.replace("one argument", "a value, as in --key=value"), 2)
+    return parser
+
+
+def add_data_options(parser, out_dir):
+    """What the command lines of prepare.py and tools.corpus share."""
     add = parser.add_argument
     add("--tokenizer", type=typed_path, metavar="NAME",
         help=f"a hub name, or a folder with tokenizer.json (default: {TOKENIZER})")
@@ -485,7 +492,6 @@ def new_parser(program, description, out_dir):
         help="share held out (default: 0.1)")
     add("--allow_unrepresentable", action="store_true",
         help="drop characters that the tokenizer has no token for (default: they are an error)")
-    return parser
 
 
 def typed_path(text):
@@ -503,7 +509,8 @@ def typed_fraction(text):
 
 def parse_args(argv=None):
     """prepare.py's command line; more than one text is answered with the command for that."""
-    parser = new_parser("prepare.py", __doc__, DEFAULT_OUT_DIR)
+    parser = new_parser("prepare.py", __doc__)
+    add_data_options(parser, DEFAULT_OUT_DIR)
     parser.add_argument("--input", nargs="+", action="extend", type=typed_path, metavar="FILE",
                         help="one text in UTF-8 (default: Tiny Shakespeare, downloaded)")
     args, rest = parser.parse_known_args(argv)

@@ -33,9 +33,7 @@ def number(kind, low, high=float("inf")):
 
 
 def parse_args(argv):
-    parser = argparse.ArgumentParser(prog="sample.py", description=__doc__, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error = partial(fail, code=2)
+    parser = prepare.new_parser("sample.py", __doc__)
     add = parser.add_argument
     add("--prompt", default="\n", help="text to continue; - reads standard input [a line break]")
     add("--checkpoint", default="out", help="a file, an out_dir (its newest), best, OUT_DIR/best, "

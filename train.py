@@ -758,9 +758,7 @@ def read_recipe(path):
 def parse_args(argv):
     """(overrides, typed, args): the keys set by the recipe and, over it, by argv; the names of
     those that argv sets; the other flags."""
-    parser = argparse.ArgumentParser("train.py", allow_abbrev=False, description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error = lambda e: fail(e.replace("one argument", "a value, as in --key=value"), 2)
+    parser = prepare.new_parser("train.py", __doc__)
     parser.add_argument("recipe", nargs="?", help="a file of plain assignments to the keys below")
     parser.add_argument("--resume", nargs="?", const=True, metavar="PATH", help="resume from the "
                         "newest checkpoint in out_dir or the folder PATH, or from the file PATH; "

@@ -1,2 +1,2 @@
 """What one runs around a training."""
-import prepare  # first: it tells an older Python, in one line
+import prepare  # noqa: F401 (it tells an older Python, in one line)

@@ -471,10 +471,7 @@ GPU = ["tests", "exact", "train", "fast", "muon", "decode"]
 
 @prepare.command("tools.bench")
 def main(argv=None):
-    parser = argparse.ArgumentParser(prog="python -m tools.bench", description=__doc__,
-                                     allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error = partial(fail, code=2)
+    parser = prepare.new_parser("tools.bench", __doc__)
     add = parser.add_argument
     add("parts", nargs="*", help=f"{', '.join(PARTS)}, gpu [{' '.join(STANDARD)}]")
     add("--shapes", nargs="+", metavar="BxT", help="sequences x tokens of a training step "

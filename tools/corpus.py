@@ -193,7 +193,8 @@ def check_sides(counts, args):
 # ---- the command line ----
 
 def parse_args(argv):
-    parser = prepare.new_parser("tools.corpus", __doc__, "data/corpus")
+    parser = prepare.new_parser("tools.corpus", __doc__)
+    prepare.add_data_options(parser, "data/corpus")
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--input", nargs="+", action="extend", type=prepare.typed_path,
                         metavar="PATH", help="files, folders, globs")

@@ -6,7 +6,6 @@
 
 It listens on this machine only and reports nothing to anyone. Programs call /generate.
 """
-import argparse
 import html
 import os
 import random
@@ -285,10 +284,7 @@ def write_space(folder, names):
 
 @prepare.command("tools.demo")
 def main(argv=None):
-    parser = argparse.ArgumentParser(prog="python -m tools.demo", description=__doc__,
-                                     allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error = partial(fail, code=2)
+    parser = prepare.new_parser("tools.demo", __doc__)
     add = parser.add_argument
     names = shlex.split(os.environ.get("CHECKPOINT", ""))
     add("--checkpoint", nargs="+", type=prepare.typed_path, default=names, metavar="NAME",

@@ -7,7 +7,6 @@
 The folder holds the weights, config.json, the tokenizer, and a model card README.md with the data,
 the losses, the recipe and, where matplotlib is installed, the curve.
 """
-import argparse
 import json
 import math
 import os
@@ -243,10 +242,7 @@ def export(args):
 
 @prepare.command("tools.export")
 def main(argv=None):
-    parser = argparse.ArgumentParser(prog="python -m tools.export", description=__doc__,
-                                     allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error = partial(fail, code=2)
+    parser = prepare.new_parser("tools.export", __doc__)
     add = parser.add_argument
     add("checkpoint", help="a file, an out_dir (its newest), best, OUT_DIR/best")
     add("folder", type=lambda text: Path(prepare.typed_path(text)), help="the folder to write")

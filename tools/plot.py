@@ -6,7 +6,6 @@
 All of it comes from metrics.jsonl, so a run can be drawn while it goes on. The training losses are
 faint, their mean nearby is a line, held-out losses are dots.
 """
-import argparse
 import itertools
 import json
 import os
@@ -163,10 +162,7 @@ def draw(runs, output, x="step"):
 
 @prepare.command("tools.plot")
 def main(argv=None):
-    parser = argparse.ArgumentParser(prog="python -m tools.plot", description=__doc__,
-                                     allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error = partial(fail, code=2)
+    parser = prepare.new_parser("tools.plot", __doc__)
     add = parser.add_argument
     add("runs", nargs="+", type=prepare.typed_path, metavar="RUN",
         help="out_dirs of train.py, or metrics.jsonl files")

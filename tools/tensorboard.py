@@ -4,7 +4,6 @@
     python -m tools.tensorboard out/ --follow    # and what comes, until Ctrl-C
     tensorboard --logdir out/tensorboard
 """
-import argparse
 import json
 import shlex
 import sys
@@ -49,9 +48,7 @@ def write_events(events, out, last_step):
 
 @prepare.command("tools.tensorboard")
 def main(argv=None):
-    parser = argparse.ArgumentParser("tools.tensorboard", description=__doc__, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error = partial(fail, code=2)
+    parser = prepare.new_parser("tools.tensorboard", __doc__)
     parser.add_argument("run", type=prepare.typed_path, help="an out_dir of train.py")
     parser.add_argument("--follow", action="store_true", help="look for more every five seconds")
     args = parser.parse_args(argv)
