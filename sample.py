@@ -133,9 +133,21 @@ class Streamer:
         return text
 
 
-def stream_texts(streams, tokens, eos):
-    """Yields (number of the text, piece of it) as the tokens of all texts, (B,) a step, come."""
-    for step in tokens:
+def write(model, tokenizer, eos, prompt, count, max_new_tokens, stops, seed, **sampling):
+    """Yields (number of the text, piece of it) as the tokens of `count` texts after a prompt come.
+
+    sampling: see model.sample_token. Raises ValueError where prompt and new tokens are too many."""
+    import torch
+
+    from model import generate, worth_compiling
+    device = model.lm_head.weight.device
+    ids = tokenizer.encode(prompt, add_special_tokens=False).ids or [eos or 0]
+    idx = torch.tensor([ids] * count, device=device)  # (count, T)
+    generator = torch.Generator(device).manual_seed(seed)
+    compiled = worth_compiling(device, max_new_tokens)
+    tokens = generate(model, idx, max_new_tokens, compiled, generator=generator, **sampling)
+    streams = [Streamer(tokenizer, ids, stops) for _ in range(count)]
+    for step in tokens:  # (count,)
         for i, (stream, token) in enumerate(zip(streams, step.tolist())):
             if not stream.ended:
                 yield i, stream.finish() if token == eos else stream.push(token)
@@ -148,9 +160,7 @@ def stream_texts(streams, tokens, eos):
 def main(argv=None):
     args = parse_args(argv)
     signal.signal(signal.SIGINT, lambda *_: os._exit(130))  # how one ends a text one has seen
-    import torch
-
-    from model import generate, is_out_of_memory, keep_freed_memory, pick_device, worth_compiling
+    from model import is_out_of_memory, keep_freed_memory, pick_device
     from train import hint_of_best
     try:
         device, dtype, _ = pick_device(args.device, args.dtype)
@@ -167,32 +177,25 @@ def main(argv=None):
     if device.type == "cpu":
         keep_freed_memory()
     model = model.to(device, dtype).eval()
-    ids = tokenizer.encode(args.prompt, add_special_tokens=False).ids or [eos or 0]
-    n, limit = args.max_new_tokens, model.config.max_position_embeddings
-    if len(ids) + n > limit:
-        fail(f"a prompt of {len(ids)} tokens and {n} new ones do not fit into the model's {limit} "
-             "positions: shorten --prompt or lower --max_new_tokens")
-    idx = torch.tensor([ids] * args.num_samples, device=device)  # (num_samples, T)
-    tokens = generate(model, idx, n, worth_compiling(device, n), temperature=args.temperature,
-                      top_k=args.top_k, top_p=args.top_p,
-                      generator=torch.Generator(device).manual_seed(args.seed))
-    streams = [Streamer(tokenizer, ids, args.stop) for _ in range(args.num_samples)]
-    texts = [args.prompt] * args.num_samples
+    pieces = write(model, tokenizer, eos, args.prompt, args.num_samples, args.max_new_tokens,
+                   args.stop, args.seed, temperature=args.temperature, top_k=args.top_k,
+                   top_p=args.top_p)
     sys.stdout = sys.stdout or open(os.devnull, "w")  # it may be closed
     sys.stdout.reconfigure(encoding="utf-8", errors="replace")
-    is_live = args.num_samples == 1  # one text is printed as it comes, several when all are done
-    if is_live:
-        print(args.prompt, end="", flush=True)
+    texts, shown = [args.prompt] * args.num_samples, 0
     try:
-        for i, piece in stream_texts(streams, tokens, eos):
+        for i, piece in pieces:
             texts[i] += piece
-            if is_live:
-                print(piece, end="", flush=True)
+            if args.num_samples == 1:  # as it comes; several when all are done
+                print(texts[0][shown:], end="", flush=True)
+                shown = len(texts[0])
+    except ValueError as e:
+        fail(e)
     except (MemoryError, RuntimeError) as e:
         if not is_out_of_memory(e):
             raise
         fail("out of memory: lower --num_samples or --max_new_tokens")
-    if is_live:
+    if args.num_samples == 1:
         print()
     else:
         for i, text in enumerate(texts, 1):

@@ -20,7 +20,7 @@ import train
 from model import SmolLM2Config, from_pretrained
 from tests.harness import (ROOT, TINY, Process, assert_refused, expect_end, metrics, run_main,
                            snapshot)
-from tools import bench, demo, export, plot, tensorboard
+from tools import bench, demo, export, plot, space, tensorboard
 
 HARD_TEXTS = [
     "2024 is 3.14159", "\N{ROCKET}\N{FAMILY} e\u0301t\xe9 \u4f60\u597d",
@@ -277,6 +277,7 @@ def test_the_benchmark_tells_whether_runs_have_the_same_bits(data_dir, monkeypat
     (plot, ("empty",), 1, "nothing"), (bench, ("nonsense",), 2, "nonsense"),
     (bench, ("train", "--shapes=4"), 2, "BxT"), (bench, ("--runs=0",), 2, "--runs"),
     (bench, ("--what",), 2, "--what"), (tensorboard, ("nowhere",), 1, "nowhere"),
+    (demo, ("--checkpoint=no/run/x",), 2, "no/run/x"),
     pytest.param(demo, (), 1, "train.py", marks=needs("gradio"))])
 def test_what_one_types_wrong_is_one_line(tool, argv, code, told):
     for name, content in [("bad", b"{}\n{}\n"), ("list", b"[1]\n"), ("binary", b"\xff\n"),
@@ -370,15 +371,14 @@ def test_programs_call_generate(demo_url, run_dir):
 
 
 def test_a_space_is_a_new_folder_and_tells_nothing_of_this_machine(run_dir):
-    done = run_main(demo.main, "--checkpoint", run_dir, "--space", "sp ace")
+    done = run_main(space.main, "sp ace", run_dir)
     assert done.code == 0 and shlex.split(done.out.splitlines()[-1])[-1] == "sp ace"
     assert not {"run.json", ".lock", "samples"} & {path.name for path in Path("sp ace").rglob("*")}
     assert train.checkpoints(f"sp ace/{run_dir.name}")
     before = snapshot("sp ace")
-    for argv, word in [((run_dir, "--space", "sp ace"), "sp ace"), (("no/run/x",), "no/run/x"),
-                       ((run_dir, run_dir, "--space", "new"), "name of its own")]:
-        refused = run_main(demo.main, "--checkpoint", *argv)
-        assert_refused(refused, "tools.demo", word, code=2)
+    for argv, word in [(("sp ace", run_dir), "sp ace"), (("new", "no/run/x"), "no/run/x"),
+                       (("new", run_dir, run_dir), "name of its own"), (("new",), "checkpoint")]:
+        assert_refused(run_main(space.main, *argv), "tools.space", word, code=2)
     assert snapshot("sp ace") == before and os.listdir() == ["sp ace"]
 
 
@@ -387,19 +387,17 @@ def test_a_space_is_a_new_folder_and_tells_nothing_of_this_machine(run_dir):
 def test_a_space_starts_from_the_folder_that_one_command_writes(exported, tmp_path):
     import gradio
     from gradio_client import Client
-    space = tmp_path / "space"
-    assert run_main(demo.main, "--checkpoint", exported, "--space", space).code == 0
-    assert f"sdk_version: {gradio.__version__}" in (space / "README.md").read_text()
-    needed = (space / "requirements.txt").read_text().split()
+    folder = tmp_path / "space"
+    assert run_main(space.main, folder, exported).code == 0
+    assert f"sdk_version: {gradio.__version__}" in (folder / "README.md").read_text()
+    needed = (folder / "requirements.txt").read_text().split()
     assert [line.partition("==")[0] for line in needed] == ["torch", "transformers", "numpy"]
-    with Process(["app.py"], space, GRADIO_SERVER_PORT="7979") as process:
+    with Process(["app.py"], folder, GRADIO_SERVER_PORT="7979") as process:
         process.until(lambda: "open http" in process.text)
         client = Client("http://127.0.0.1:7979", verbose=False)
         text = client.predict(checkpoint="bard", prompt="To be", length=9, temperature=0,
                               api_name="/generate")
     assert greedy(exported, 9).startswith("To be") and text
-    assert_refused(run_main(demo.main, "--checkpoint", exported, "--space", space), "tools.demo",
-                   "space", code=2)
 
 
 @pytest.mark.slow

@@ -2,7 +2,6 @@
 
     python -m tools.demo                                # the runs out*/ and exported folders here
     python -m tools.demo --checkpoint HuggingFaceTB/SmolLM2-135M --port 8000
-    python -m tools.demo --checkpoint exported/ --space space/    # a folder to push to a Space
 
 It listens on this machine only and reports nothing to anyone. Programs call /generate.
 """
@@ -11,7 +10,6 @@ import os
 import random
 import re
 import shlex
-import shutil
 import threading
 import time
 from contextlib import suppress
@@ -36,89 +34,77 @@ SLIDERS = {"Length": (1, 2000, 200, 1, "New tokens, at most"),  # lowest, highes
            "Temperature": (0, 2, 0.8, 0.05, "Below 1 likelier, above 1 wilder; 0: the likeliest"),
            "Top-k": (0, 500, 50, 1, "Among the k likeliest tokens; 0: all"),
            "Top-p": (0, 1, 1, 0.01, "Among the likeliest that together have this probability")}
-LIMITS = {"Seed": (0, 2**53), **SLIDERS}
 ONE_STEP = threading.Lock()  # two at once would take as long, and compile the same thing twice
 RUNNING = {}  # session: what it shows now; Stop takes it out, a later click replaces it
-
 
 fail = partial(prepare.fail, "tools.demo")
 
 
-def describe(file):
-    """What the choice says of a checkpoint: its step, its held-out loss, whether it is the best."""
-    from tools.plot import read_metrics
-    from train import step_of
-    step, losses = step_of(file), {}
-    with suppress(ValueError):  # a checkpoint alone
-        losses = {r["step"]: r["val_loss"] for r in read_metrics(file.parent) if r.get("val_loss")}
-    loss = f": held-out loss {losses[step]:.3f}" if step in losses else ""
-    best = " (best)" if loss and losses[step] == min(losses.values()) else ""
-    return f"{file.parent.name}, step {step:,}{loss}{best}"
-
-
 def found(asked):
     """The choices, {name: what is shown}: those asked for, else the runs out*/, the newest first,
-    and exported folders. Of a run all checkpoints, the newest first."""
-    from train import checkpoints
+    and exported folders. Of a run all checkpoints, the newest first, with their held-out loss."""
+    from tools.plot import read_metrics
+    from train import checkpoints, step_of
     runs = [folder for folder in Path().glob("out*") if checkpoints(folder)]
     runs.sort(key=lambda run: checkpoints(run)[-1].stat().st_mtime, reverse=True)
     exported = [file.parent for file in sorted(Path().glob("*/config.json"))]
     choices = {}
     for name in asked or [*runs, *exported]:
-        files = checkpoints(name)[::-1]
-        choices |= {str(file): describe(file) for file in files} or {str(name): str(name)}
+        files, losses = checkpoints(name)[::-1], {}
+        with suppress(ValueError):  # no run, or one without evaluations
+            rows = read_metrics(Path(name, "metrics.jsonl"))
+            losses = {row["step"]: row["val_loss"] for row in rows if row.get("val_loss")}
+        for file in files:
+            step = step_of(file)
+            choices[str(file)] = f"{file.parent.name}, step {step:,}"
+            if step in losses:
+                best = " (best)" if losses[step] == min(losses.values()) else ""
+                choices[str(file)] += f": held-out loss {losses[step]:.3f}{best}"
+        if not files:
+            choices[str(name)] = str(name)
     return choices
 
 
 @lru_cache(maxsize=4)
 def load(name, changed):
-    """(model, tokenizer, eos, device), loaded once for all. changed: when. Raises ValueError."""
+    """(model, tokenizer, eos), loaded once for all. changed: when. Raises ValueError."""
     import sample
     from model import pick_device
     device, dtype, _ = pick_device()
     model, folder, _ = sample.load(name)
-    return model.to(device, dtype).eval(), *prepare.open_tokenizer(folder), device
+    return model.to(device, dtype).eval(), *prepare.open_tokenizer(folder)
 
 
-def write(name, prompt, seed, length, temperature, top_k, top_p, stops):
+def stream(name, prompt, stops, seed, length, temperature, top_k, top_p):
     """Yields (text after the prompt, tokens, seconds they took) as they come; as sample.py's."""
-    import torch
-
-    from model import generate, worth_compiling
-    from sample import Streamer
+    from sample import write
     with ONE_STEP:
-        model, tokenizer, eos, device = load(name, os.path.exists(name) and os.path.getmtime(name))
-        compiled = worth_compiling(device, length)
-    ids = tokenizer.encode(prompt, add_special_tokens=False).ids or [eos or 0]
-    tokens = generate(model, torch.tensor([ids], device=device), length, compiled,
-                      temperature=temperature, top_k=top_k,
-                      top_p=top_p, generator=torch.Generator(device).manual_seed(seed))
-    stream, text, seconds = Streamer(tokenizer, ids, stops), "", 0.0
-    for n in range(1, length + 1):
+        loaded = load(name, os.path.exists(name) and os.path.getmtime(name))
+    pieces = write(*loaded, prompt, 1, int(length), stops, int(seed), temperature=temperature,
+                   top_k=int(top_k), top_p=top_p)
+    text, n, seconds = "", 0, 0.0
+    while True:
         with ONE_STEP:
             began = time.perf_counter()
-            token = next(tokens).item()
+            piece = next(pieces, None)
             seconds += time.perf_counter() - began
-        if token != eos:
-            text += stream.push(token)
-        if token == eos or stream.ended:
-            break
+        if piece is None:
+            return
+        text, n = text + piece[1], min(n + 1, int(length))  # (the end has a piece, and no token)
         yield text, n, seconds
-    yield text + stream.finish(), n, seconds
 
 
 def start(asked, names, prompt, stop_texts, *numbers):
-    """A stream of write() for each name. Raises ValueError for what cannot be."""
+    """A stream for each name. Raises ValueError for what cannot be."""
     for name in names:
         if name not in found(asked):
             raise ValueError(f"There is no {name} (any more): reload the page")
-    for value, (label, (low, high, *_)) in zip(numbers, LIMITS.items()):
+    limits = {"Seed": (0, 2**53), **SLIDERS}
+    for value, (label, (low, high, *_)) in zip(numbers, limits.items()):
         if not isinstance(value, (int, float)) or not low <= value <= high:
             raise ValueError(f"{label}: must be from {low} to {high:,}")
-    seed, length, temperature, top_k, top_p = numbers
     stops = [stop.replace("\\n", "\n") for stop in stop_texts.splitlines() if stop]
-    return [write(name, prompt, int(seed), int(length), temperature, int(top_k), top_p,
-                  stops) for name in names]
+    return [stream(name, prompt or "\n", stops, *numbers) for name in names]
 
 
 def show(asked, session, left, right, prompt, stop_texts, *numbers):
@@ -163,9 +149,6 @@ def show(asked, session, left, right, prompt, stop_texts, *numbers):
 def page(asked):
     import gradio as gr
 
-    def choices():
-        return [(text, name) for name, text in found(asked).items()]
-
     def run(request: gr.Request, *values):
         yield from show(asked, request.session_hash, *values)
 
@@ -174,8 +157,9 @@ def page(asked):
 
     def refresh(left, right):
         now = found(asked)
-        return (gr.Dropdown(choices(), value=left if left in now else next(iter(now), None)),
-                gr.Dropdown([("none", ""), *choices()], value=right if right in now else ""))
+        choices = [(text, name) for name, text in now.items()]
+        return (gr.Dropdown(choices, value=left if left in now else next(iter(now), None)),
+                gr.Dropdown([("none", ""), *choices], value=right if right in now else ""))
 
     def generate(checkpoint: str, prompt: str, seed: int = 1337, length: int = 200,
                  temperature: float = 0.8, top_k: int = 50, top_p: float = 1.0,
@@ -208,9 +192,9 @@ def page(asked):
                         right_line = gr.Markdown(elem_classes="speed", elem_id="right-speed")
                         right_text = gr.HTML(elem_id="right-text")
             with gr.Column(scale=3, min_width=300):
-                left = gr.Dropdown(choices(), label="Checkpoint", elem_id="checkpoint")
-                right = gr.Dropdown([("none", ""), *choices()], value="", elem_id="beside",
-                                    label="Beside it", info="From the same prompt and seed")
+                left = gr.Dropdown(label="Checkpoint", elem_id="checkpoint")
+                right = gr.Dropdown(label="Beside it", info="From the same prompt and seed",
+                                    elem_id="beside")
                 seed = gr.Number(1337, label="Seed", info="The same seed gives the same text again",
                                  elem_id="seed")
                 sliders = [gr.Slider(low, high, value, step=step, label=label, info=info,
@@ -234,54 +218,6 @@ def page(asked):
     return blocks
 
 
-FRONT_MATTER = """\
----
-title: SmolLM2, trained from scratch
-sdk: gradio
-sdk_version: {gradio}
-python_version: "3.11"
-app_file: app.py
----
-"""
-APP = """\
-import os
-
-os.environ.setdefault("CHECKPOINT", {names!r})
-from tools.demo import main
-
-main([])
-"""
-
-
-PRIVATE = shutil.ignore_patterns("run.json", ".lock", "samples", "superseded", "tensorboard")
-
-
-def write_space(folder, names):
-    """Writes a folder that is a Hugging Face Space as it stands: page, scripts, model folders."""
-    root = Path(__file__).resolve().parent.parent
-    sources = {Path(name).resolve().name: name for name in names if Path(name).is_dir()}
-    if len(sources) < sum(os.path.exists(name) for name in names):
-        fail("--space: name folders with --checkpoint, each with a name of its own", 2)
-    if folder.exists():
-        fail(f"--space {folder}: is there already; name another", 2)
-    (folder / "tools").mkdir(parents=True)
-    for file in ("model.py", "train.py", "prepare.py", "sample.py", "tools/__init__.py",
-                 "tools/demo.py", "tools/plot.py"):
-        shutil.copy(root / file, folder / file)
-    for name, source in sources.items():
-        shutil.copytree(source, folder / name, ignore=PRIVATE)
-    names = [*sources, *(name for name in names if not os.path.exists(name))]
-    pinned = [line.split()[0] for file in ("requirements.txt", "tools/requirements.txt")
-              for line in (root / file).read_text().splitlines() if "==" in line]
-    versions = dict(line.split("==") for line in pinned)
-    needed = [f"{name}=={versions[name]}" for name in ("torch", "transformers", "numpy")]
-    (folder / "requirements.txt").write_text("\n".join(needed) + "\n")
-    (folder / "README.md").write_text(FRONT_MATTER.format_map(versions))
-    (folder / "app.py").write_text(APP.format(names=shlex.join(names)))
-    print(f"{folder} is written: create a Gradio Space, and push this folder to it, as in\n"
-          f"hf upload --repo-type space USER/NAME {shlex.quote(str(folder))}")
-
-
 @prepare.command("tools.demo")
 def main(argv=None):
     parser = prepare.new_parser("tools.demo", __doc__)
@@ -291,15 +227,10 @@ def main(argv=None):
         help="as for sample.py; several become a choice [the variable CHECKPOINT, else all here]")
     add("--port", type=int, help="of the page [the first free one from 7860 on]")
     add("--host", help="0.0.0.0 lets others in [the variable GRADIO_SERVER_NAME, else 127.0.0.1]")
-    add("--space", type=prepare.typed_path, metavar="FOLDER", help="write a Space with --checkpoint")
     args = parser.parse_args(argv)
     for name in args.checkpoint:
         if not Path(name).exists() and "best" not in name and not re.fullmatch(HUB_NAME, name):
             fail(f"--checkpoint {name}: no such file or folder", 2)
-    if args.space:
-        if not args.checkpoint:
-            fail("--space: name exported folders or hub names with --checkpoint", 2)
-        return write_space(Path(args.space), args.checkpoint)
     try:
         import gradio as gr
     except ImportError:

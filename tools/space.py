@@ -1,0 +1,77 @@
+"""Writes a folder that is a Hugging Face Space as it stands: the demo page, scripts and models.
+
+    python -m tools.space space/ exported/ out/                  # one model, or several to choose
+    python -m tools.space space/ HuggingFaceTB/SmolLM2-135M      # fetched by the Space
+"""
+import os
+import re
+import shlex
+import shutil
+from functools import partial
+from pathlib import Path
+
+import prepare
+from model import HUB_NAME
+
+fail = partial(prepare.fail, "tools.space")
+FRONT_MATTER = """\
+---
+title: SmolLM2, trained from scratch
+sdk: gradio
+sdk_version: {gradio}
+python_version: "3.11"
+app_file: app.py
+---
+"""
+APP = """\
+import os
+
+os.environ.setdefault("CHECKPOINT", {names!r})
+from tools.demo import main
+
+main([])
+"""
+PRIVATE = shutil.ignore_patterns("run.json", ".lock", "samples", "superseded", "tensorboard")
+
+
+def write_space(folder, names):
+    """names: folders, or models of the hub."""
+    root = Path(__file__).resolve().parent.parent
+    sources = {Path(name).resolve().name: name for name in names if Path(name).is_dir()}
+    if len(sources) < sum(os.path.exists(name) for name in names):
+        fail("name folders, each with a name of its own", 2)
+    if folder.exists():
+        fail(f"{folder} is there already: name another", 2)
+    (folder / "tools").mkdir(parents=True)
+    for file in ("model.py", "train.py", "prepare.py", "sample.py", "tools/__init__.py",
+                 "tools/demo.py", "tools/plot.py"):
+        shutil.copy(root / file, folder / file)
+    for name, source in sources.items():
+        shutil.copytree(source, folder / name, ignore=PRIVATE)
+    names = [*sources, *(name for name in names if not os.path.exists(name))]
+    pinned = [line.split()[0] for file in ("requirements.txt", "tools/requirements.txt")
+              for line in (root / file).read_text().splitlines() if "==" in line]
+    versions = dict(line.split("==") for line in pinned)
+    needed = [f"{name}=={versions[name]}" for name in ("torch", "transformers", "numpy")]
+    (folder / "requirements.txt").write_text("\n".join(needed) + "\n")
+    (folder / "README.md").write_text(FRONT_MATTER.format_map(versions))
+    (folder / "app.py").write_text(APP.format(names=shlex.join(names)))
+    print(f"{folder} is written: create a Gradio Space, and push this folder to it, as in\n"
+          f"hf upload --repo-type space USER/NAME {shlex.quote(str(folder))}")
+
+
+@prepare.command("tools.space")
+def main(argv=None):
+    parser = prepare.new_parser("tools.space", __doc__)
+    parser.add_argument("folder", type=prepare.typed_path, help="the new folder to write")
+    parser.add_argument("checkpoint", nargs="+", type=prepare.typed_path,
+                        help="folders of runs, exported folders, hub names")
+    args = parser.parse_args(argv)
+    for name in args.checkpoint:
+        if not Path(name).exists() and not re.fullmatch(HUB_NAME, name):
+            fail(f"{name}: no such folder", 2)
+    write_space(Path(args.folder), args.checkpoint)
+
+
+if __name__ == "__main__":
+    main()
