@@ -428,7 +428,7 @@ def bench_tests(args, report):
 
 
 def bench_decode(args, report):
-    print(f"\n{'decode (' + args.dtype + ')':<44}{'first token':>12}{'tok/s':>24}{'ratio':>22}")
+    print(f"\n{'decode (' + args.dtype + ')':<44}{'first token':>12}{'tok/s':>27}{'ratio':>22}")
     for what, rows, prompt, new in [("one stream, 32 + 256 tokens", 1, 32, 256),
                                     ("one stream, at 2,000 tokens", 1, 1970, 64),
                                     ("one stream, prompt of 1,000", 1, 1000, 16),
@@ -446,7 +446,7 @@ def bench_decode(args, report):
             ratios = [p / q for p, q in zip(ours, rates)]
             report.setdefault("decode", {})[f"{what} {c.label}"] = {
                 "tokens_per_sec": rates, "first": first, "ratios": ratios}
-            print(f"{what + ' ' + c.label:<44}{first:>10.2f} s{spread(rates, '{:.1f}'):>24}"
+            print(f"{what + ' ' + c.label:<44}{first:>10.2f} s{spread(rates, '{:.1f}'):>27}"
                   f"{spread(ratios):>22}", flush=True)
 
 
