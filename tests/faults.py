@@ -121,11 +121,11 @@ test_sample::test_a_stop_text_over_several_tokens_is_never_shown_not_even_its_be
   sample: a stop text is shown | self.waiting[:min(found)] | self.waiting
   sample: the beginning of a stop text is shown | max(begun, default=0) | 0
 test_sample::test_standard_output_is_the_prompt_and_the_text_and_nothing_else
-  sample: the prompt is cut | print(args.prompt, end | print(args.prompt[1:], end
+  sample: the prompt is cut | print(texts[0][shown:] | print(texts[0][shown + 1:]
 test_sample::test_it_ends_at_endoftext
   sample: text goes on after its end | if token == eos else stream | if False else stream
 test_sample::test_standard_output_is_the_prompt_and_the_text_and_nothing_else
-  sample: the seed is not used | .manual_seed(args.seed) | .manual_seed(1)
+  sample: the seed is not used | .manual_seed(seed) | .manual_seed(1)
 """
 
 
