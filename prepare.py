@@ -374,6 +374,7 @@ def replacing(out_dir):
         raise ValueError(f"--out_dir {out_dir}: this is where you are; name a folder below it")
     new = out_dir.with_name(f".{out_dir.name}.new")
     old = out_dir.with_name(f".{out_dir.name}.old")
+    is_parent_new = not out_dir.parent.exists()
     out_dir.parent.mkdir(parents=True, exist_ok=True)
     lock = FileLock(out_dir.with_name(f".{out_dir.name}.lock"), timeout=0)
     try:
@@ -397,6 +398,9 @@ def replacing(out_dir):
         shutil.rmtree(new, ignore_errors=True)
         os.unlink(lock.lock_file)  # before the release: then nobody else can hold it
         lock.release()
+        if is_parent_new:
+            with contextlib.suppress(OSError):
+                out_dir.parent.rmdir()  # after an error: if there is anything in it, it stays
 
 
 def recover(out_dir, old):

@@ -291,7 +291,6 @@ def test_every_mistake_gets_its_line_and_leaves_everything_as_it_was(
         vocab = spec["model"]["vocab"]
         vocab |= {f"token {i}": i for i in range(len(vocab), 2**16 + 1)}
         write("huge/tokenizer.json", json.dumps(spec))
-    Path("data").mkdir()
     before = snapshot()
     result = run("--input", *typed.split())
     refused(result, *words.split(), code=code)
