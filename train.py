@@ -141,21 +141,28 @@ POLYNOMIALS = [(7.726, -20.47, 13.72), (3.516, -2.394, 0.4274), (2.657, -1.821, 
 
 
 def orthogonal(x):
-    """x (n, rows, columns), rows <= columns, with all singular values brought near one."""
+    """x (n, rows, columns) with all singular values brought near one.
+
+    A polynomial of x is another of gram = x x^T, times x: the products are of the shorter side.
+    Rounding grows with each: a fourth polynomial in bf16 would have to begin with a new gram."""
+    if x.size(1) > x.size(2):
+        return orthogonal(x.mT).mT
     x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
+    gram, product = x @ x.mT, None
     for a, b, c in POLYNOMIALS:
-        gram = x @ x.mT
-        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
-    return x
+        if product is not None:
+            gram = factor @ gram @ factor
+        factor = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+        factor.diagonal(dim1=1, dim2=2).add_(a)
+        product = factor if product is None else factor @ product
+    return product @ x
 
 
 class Muon(torch.optim.Optimizer):
     """Momentum made orthogonal: Jordan 2024 (kellerjordan.github.io/posts/muon).
 
-    The matrices of a group are stacked and updated at once, those of the MLP cut into pieces of 256
-    inner features, a third of the work of whole ones. (Attention's cut into heads learned less.)
-    turned: transposed before. A row of an update has norm one on average. dtype: of the products.
-    """
+    The matrices of a group are stacked and updated at once. scale: brings an update's rows to norm
+    one where its columns, the fewer, have it. dtype: of the products."""
 
     def __init__(self, layers, lr, weight_decay, dtype):
         groups = []
@@ -163,12 +170,7 @@ class Muon(torch.optim.Optimizer):
                      "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"):
             params = [layer.get_submodule(name).weight for layer in layers]
             rows, columns = params[0].shape
-            turned, scale = name == "mlp.down_proj", 1.0
-            if turned:
-                rows, scale = columns, (rows / columns) ** 0.5
-            if name.startswith("mlp."):
-                rows = math.gcd(rows, 256)
-            groups.append({"params": params, "rows": rows, "turned": turned, "scale": scale})
+            groups.append({"params": params, "scale": max(1, rows / columns) ** 0.5})
         super().__init__(groups, {"lr": lr, "weight_decay": weight_decay})
         self.dtype = dtype
 
@@ -182,13 +184,7 @@ class Muon(torch.optim.Optimizer):
                 state["momentum"] = torch.zeros_like(grad)
             momentum = state["momentum"].lerp_(grad, 0.05)
             update = momentum.lerp(grad, 0.05)  # Nesterov's: as if the next step's
-            if group["turned"]:
-                update = update.mT
-            shape = update.shape
-            update = update.reshape(-1, group["rows"], shape[-1]).to(self.dtype)
-            update = orthogonal(update).view(shape)
-            if group["turned"]:
-                update = update.mT
+            update = orthogonal(update.to(self.dtype))
             torch._foreach_mul_(params, 1 - lr * group["weight_decay"])
             torch._foreach_add_(params, update.unbind(), alpha=-lr * group["scale"])
 
