@@ -143,19 +143,22 @@ POLYNOMIALS = [(7.726, -20.47, 13.72), (3.516, -2.394, 0.4274), (2.657, -1.821, 
 def orthogonal(x):
     """x (n, rows, columns) with all singular values brought near one.
 
-    A polynomial of x is another of gram = x x^T, times x: the products are of the shorter side.
-    Rounding grows with each: a fourth polynomial in bf16 would have to begin with a new gram."""
+    A polynomial of x is another of gram = x x^T, times x. Of long matrices the others' grams and the
+    product of all are made from the first: their products are of the shorter side. (In bf16 that
+    serves three polynomials, not four: rounding grows with each.)"""
     if x.size(1) > x.size(2):
         return orthogonal(x.mT).mT
     x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
-    gram, product = x @ x.mT, None
+    is_long, product = x.size(2) > 1.5 * x.size(1), None
     for a, b, c in POLYNOMIALS:
-        if product is not None:
-            gram = factor @ gram @ factor
+        gram = x @ x.mT if product is None else factor @ gram @ factor
         factor = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
-        factor.diagonal(dim1=1, dim2=2).add_(a)
-        product = factor if product is None else factor @ product
-    return product @ x
+        if is_long:
+            factor.diagonal(dim1=1, dim2=2).add_(a)
+            product = factor if product is None else factor @ product
+        else:
+            x = torch.baddbmm(x, factor, x, beta=a)
+    return product @ x if is_long else x
 
 
 class Muon(torch.optim.Optimizer):

@@ -48,7 +48,8 @@ test_train::test_what_one_types_wrong_is_one_line_and_exit_2
 test_train::test_weight_decay_is_on_matrices_only_and_the_optimizer_has_every_parameter
   train: the norms decay, too | "weight_decay": 0.0} | "weight_decay": config.weight_decay}
 test_train::test_muon_brings_singular_values_near_one_and_none_far_beyond
-  train: Muon explodes where rounding passes one | .add_(a) | .add_(1.1 * a)
+  train: Muon explodes where rounding passes one | x, beta=a) | x, beta=1.1 * a)
+  train: so does a long matrix | .add_(a) | .add_(1.1 * a)
 test_train::test_muon_moves_each_matrix_by_what_is_near_its_gradients_orthogonal_factor
   train: Muon's tall matrices move too little | max(1, rows / columns) ** 0.5 | 1.0
 test_train::test_gradients_are_clipped_to_the_norm_and_the_logged_norm_is_that_before
