@@ -775,7 +775,9 @@ def parse_args(argv):
     if rest:
         name = rest[0].lstrip("-").partition("=")[0]
         near = difflib.get_close_matches(name, KEYS, 1) or ["help"]
-        fail(f"there is no option {rest[0]}: did you mean --{near[0]}?", 2)
+        is_key = rest[0].startswith("-") or "=" in rest[0]
+        hint = f"did you mean --{near[0]}?" if is_key else "after a recipe come --key=value"
+        fail(f"there is no option {rest[0]}: {hint}", 2)
     if str(args.resume).endswith(".py"):
         fail(f"--resume {args.resume}: that is a recipe; write train.py {args.resume} --resume", 2)
     if args.resume == "":
