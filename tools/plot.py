@@ -60,8 +60,8 @@ def column(rows, name, x):
 
 
 def smooth(values):
-    """The mean around each value, over a fortieth of all to either side; fewer at the ends."""
-    reach, means = len(values) // 40 + 1, []
+    """The mean around each value, over a fortieth of all to either side; fewer at the ends, none of few."""
+    reach, means = len(values) // 40, []
     sums = list(itertools.accumulate(values, initial=0.0))
     for i in range(len(values)):
         first = max(0, i - reach)
@@ -71,8 +71,8 @@ def smooth(values):
 
 
 def line(axis, xs, ys, **how):
-    """A line; a single point would be none, and becomes a marker."""
-    if len(xs) == 1:
+    """A line; where there are few points, each is marked, too."""
+    if len(xs) < 10:
         how.setdefault("marker", "o")
     axis.plot(xs, ys, **how)
 
