@@ -143,9 +143,9 @@ POLYNOMIALS = [(7.726, -20.47, 13.72), (3.516, -2.394, 0.4274), (2.657, -1.821, 
 def orthogonal(x):
     """x (n, rows, columns) with all singular values brought near one.
 
-    Each polynomial multiplies x by a factor, which is made of gram = x x^T. For a long x the factors
-    are multiplied first, and each gram is made of the one before: all these are (rows, rows). In
-    bf16 that serves three polynomials, not four: rounding grows with each."""
+    Each polynomial multiplies x by a factor made of gram = x x^T. For a long x the factors are
+    multiplied first, and each gram is made of the one before: all these are (rows, rows). In bf16
+    that serves three polynomials, not four: rounding grows with each."""
     if x.size(1) > x.size(2):
         return orthogonal(x.mT).mT
     x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)

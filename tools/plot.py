@@ -60,7 +60,7 @@ def column(rows, name, x):
 
 
 def smooth(values):
-    """The mean around each value, over a fortieth of all to either side; fewer at the ends, none of few."""
+    """The mean around each value, over a fortieth of all to either side; fewer at the ends."""
     reach, means = len(values) // 40, []
     sums = list(itertools.accumulate(values, initial=0.0))
     for i in range(len(values)):
