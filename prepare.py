@@ -15,8 +15,6 @@ if sys.version_info < (3, 11):
 
 import argparse
 import contextlib
-import functools
-import glob
 import hashlib
 import json
 import os
@@ -31,17 +29,20 @@ from pathlib import Path
 
 import numpy as np
 from filelock import FileLock, Timeout
+from tokenizers import Tokenizer, decoders, models, trainers
+from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
 from tqdm import tqdm
 
 DEFAULT_OUT_DIR = "data/shakespeare"
 TEXT_URL = ("https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/"
             "input.txt")
 TEXT_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
-TOKENIZER = "HuggingFaceTB/SmolLM2-135M"
-TOKENIZER_REVISION = "93efa2f097d58c2a74874c7e644dbc9b0cee75a2"
+TOKENIZER = "HuggingFaceTB/SmolLM2-135M@93efa2f097d58c2a74874c7e644dbc9b0cee75a2"
 SPECIAL_TOKENS = """<|endoftext|> <|im_start|> <|im_end|> <repo_name> <reponame> <file_sep>
     <filename> <gh_stars> <issue_start> <issue_comment> <issue_closed> <jupyter_start>
     <jupyter_text> <jupyter_code> <jupyter_output> <jupyter_script> <empty_output>""".split()
+GPT2_WORDS = ByteLevel(add_prefix_space=False)  # how a text is cut into words
+SMOLLM2_WORDS = Sequence([Digits(individual_digits=True), GPT2_WORDS])
 CORPUS = (".jsonl", ".json", ".parquet", ".arrow")  # files of many documents
 
 
@@ -66,68 +67,62 @@ def open_data(folder):
 
     Raises FileNotFoundError where nothing is prepared, ValueError where something is damaged."""
     folder = Path(folder)
-    if not (folder / "meta.json").is_file():
-        raise FileNotFoundError(f"{folder} holds no prepared data")
+    content = (folder / "meta.json").read_bytes()
     try:
-        meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
-        if meta["sha256"] != meta_digest(meta):
+        meta = json.loads(content)
+        if meta.pop("sha256") != meta_digest(meta):
             raise ValueError("meta.json was changed")
-        for key, value in describe(folder).items():
+        train, val, facts = read_files(folder)
+        for key, value in facts.items():
             if meta.get(key, "") != value:
                 raise ValueError(f"{key} is {value}, but meta.json says {meta.get(key)}")
-        if type(meta["val_bytes"]) is not int:
-            raise ValueError("val_bytes in meta.json is no whole number")
-        data = Data(read_ids(folder, "train"), read_ids(folder, "val"), meta, folder)
-        largest = max(data.train.max(), data.val.max())
+        largest = max(train.max(), val.max())
         if largest >= meta["vocab_size"]:
             raise ValueError(f"id {largest} is not below vocab_size {meta['vocab_size']}")
     except Exception as error:  # anything may have been written into it
         raise ValueError(f"{folder} is damaged: {first_line(error)}") from None
-    return data
+    return Data(train, val, meta, folder)
 
 
-def read_ids(folder, side):
-    return np.memmap(Path(folder, f"{side}.bin"), dtype="<u2", mode="r")
+def read_files(folder):
+    """(ids to train on, ids held out, the facts that meta.json records of the files beside it)."""
+    sides, facts = [], {"tokenizer_sha256": tokenizer_digest(folder / "tokenizer")}
+    for name in ("train", "val"):
+        ids = np.memmap(folder / f"{name}.bin", dtype="<u2", mode="r")
+        facts |= {f"{name}_tokens": len(ids), f"{name}_sha256": hashlib.sha256(ids).hexdigest()}
+        sides.append(ids)
+    return *sides, facts
 
 
-def describe(folder):
-    """The facts that meta.json records of the files beside it."""
-    facts = {}
-    for side in ("train", "val"):
-        ids = read_ids(folder, side)
-        facts |= {f"{side}_tokens": len(ids), f"{side}_sha256": hashlib.sha256(ids).hexdigest()}
-    file = folder / "tokenizer" / "tokenizer.json"
-    digest = hashlib.sha256(file.read_bytes()).hexdigest() if file.exists() else ""
-    return {**facts, "tokenizer_sha256": digest}
-
-
-def write_meta(folder, tokenizer, facts):
+def write_meta(folder, facts):
     """Writes and returns meta.json: the facts given, and what the folder's files are."""
-    meta = {**facts, **describe(folder), "eos_token_id": tokenizer.eos_token_id,
-            "vocab_size": 1 + max(tokenizer.get_vocab().values())}
+    meta = facts | read_files(folder)[-1]
     meta["sha256"] = meta_digest(meta)
     (folder / "meta.json").write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
     return meta
 
 
 def meta_digest(meta):
-    rest = {key: value for key, value in meta.items() if key != "sha256"}
-    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+    """The seal of what is in meta.json, but for the seal."""
+    return hashlib.sha256(json.dumps(meta, sort_keys=True).encode()).hexdigest()
+
+
+def tokenizer_digest(folder):
+    """Tells a tokenizer from others; "" where there is none."""
+    file = folder / "tokenizer.json"
+    return hashlib.sha256(file.read_bytes()).hexdigest() if file.is_file() else ""
 
 
 def load_tokenizer(folder):
-    """The tokenizer in a folder of this machine; no hub is asked. Raises ValueError."""
+    """The tokenizer in a folder as transformers has it; no hub is asked. Raises ValueError."""
     from transformers import PreTrainedTokenizerFast
-    if not Path(folder, "tokenizer.json").is_file():
-        raise ValueError(f"{folder} has no tokenizer.json, the file of a fast tokenizer")
+    backend, end = open_tokenizer(folder)
     try:  # AutoTokenizer goes by the class's name and so loses Digits (seen with transformers 5.23)
-        tokenizer = PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(
+            folder, tokenizer_object=backend, local_files_only=True)
     except Exception as error:
         raise ValueError(f"the tokenizer in {folder} does not load: {first_line(error)}") from None
-    tokenizer.backend_tokenizer.no_truncation()
-    tokenizer.backend_tokenizer.no_padding()
-    if tokenizer.eos_token is None and SPECIAL_TOKENS[0] in tokenizer.get_vocab():
-        tokenizer.eos_token = SPECIAL_TOKENS[0]
+    tokenizer.eos_token_id = end
     return tokenizer
 
 
@@ -135,7 +130,6 @@ def open_tokenizer(folder):
     """(tokenizer, the id that ends a text or None), to encode prompts and to decode.
 
     Of the library `tokenizers`: importing transformers takes a second. Raises ValueError."""
-    from tokenizers import Tokenizer
     folder = Path(folder)
     try:
         tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
@@ -146,7 +140,8 @@ def open_tokenizer(folder):
         if isinstance(end, dict):  # as older files have it
             end = end["content"]
     except Exception as error:  # the library raises nothing narrower
-        raise ValueError(f"the tokenizer in {folder} does not load: {first_line(error)}") from None
+        problem = first_line(error)
+        raise ValueError(f"the tokenizer.json in {folder} does not load: {problem}") from None
     tokenizer.no_truncation()
     tokenizer.no_padding()
     return tokenizer, tokenizer.token_to_id(end)
@@ -155,22 +150,12 @@ def open_tokenizer(folder):
 # ---- reading, downloading, and what stands in for a download ----
 
 SIGNATURES = [  # how a file begins that is no UTF-8 text, what it is, and what to do
-    ((b"\xff\xfe\0\0", b"\0\0\xfe\xff"), "UTF-32: iconv -f UTF-32 -t UTF-8 {} > new.txt"),
     ((b"\xff\xfe", b"\xfe\xff"), "UTF-16: iconv -f UTF-16 -t UTF-8 {} > new.txt"),
     (b"\x1f\x8b", "gzip: gunzip < {} > new.txt"),
-    (b"BZh", "bzip2: bunzip2 < {} > new.txt"),
-    (b"\xfd7zXZ", "xz: unxz < {} > new.txt"),
-    (b"\x28\xb5\x2f\xfd", "Zstandard: unzstd < {} > new.txt"),
     (b"%PDF", "PDF: pdftotext {} new.txt"),
     ((b"PAR1", b"ARROW1"), "Parquet or Arrow: name it so, for python -m tools.corpus"),
-    (b"PK\3\4", "a zip archive (.docx and .epub are, too): save what is in it as UTF-8 text")]
-
-
-def read_text(path):
-    """The whole text in a file. Raises OSError, or ValueError where it is no UTF-8 text."""
-    if not os.path.isfile(path):  # a pipe or a device could block for ever
-        raise ValueError(f"--input {path}: no such file, or not a regular one")
-    return decode_text(path, Path(path).read_bytes())
+    ((b"PK\3\4", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd"), "packed (zip, as .docx and .epub are, "
+     "bzip2, xz or Zstandard): unpack it, and save the text in it as UTF-8")]
 
 
 def decode_text(path, content):
@@ -190,19 +175,6 @@ def decode_text(path, content):
         raise ValueError(f"--input {path}: not UTF-8: {place}; {advice}") from None
 
 
-def tries(what, get):
-    """get(), up to three times; raises the last error."""
-    for attempt in (1, 2, 3):
-        log(f"fetching {what} (try {attempt} of 3)")
-        try:
-            return get()
-        except Exception as error:  # refused, timed out, an error page, offline mode, ...
-            log(f"  failed: {first_line(error)}")
-            if attempt == 3:
-                raise
-            time.sleep(1)
-
-
 def download_text():
     with urllib.request.urlopen(TEXT_URL, timeout=10) as response:
         content = response.read(2**24)
@@ -211,16 +183,15 @@ def download_text():
     return content.decode()
 
 
-def hub_folder(name, revision):
-    """The folder of the hub's cache with a tokenizer's files, fetched if need be; never code."""
-    import huggingface_hub as hub
-    cached = hub.try_to_load_from_cache(name, "tokenizer.json", revision=revision)
-    if isinstance(cached, str):
-        return Path(cached).parent
-    # Asked for first: without a network the download itself needs 23 s to give up.
-    url = hub.hf_hub_url(name, "tokenizer.json", revision=revision)
-    tries(f"the tokenizer {name}", functools.partial(hub.get_hf_file_metadata, url, timeout=10))
-    return hub.snapshot_download(name, revision=revision, allow_patterns="tokenizer*.json")
+def hub_folder(name):
+    """The folder of the hub's cache with a tokenizer's files, fetched if need be; never code.
+
+    name: a model of the hub, perhaps with @REVISION. The library tries several times."""
+    from huggingface_hub import hf_hub_download
+    name, _, revision = name.partition("@")
+    for file in ("tokenizer_config.json", "tokenizer.json"):
+        path = hf_hub_download(name, file, revision=revision or None)
+    return Path(path).parent
 
 
 def stand_in_text():
@@ -230,15 +201,11 @@ def stand_in_text():
 
 def stand_in_tokenizer():
     """A byte-level BPE with SmolLM2's special tokens and pre-tokenizer, of the stand-in text."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
-    backend, byte_level = Tokenizer(models.BPE()), pre_tokenizers.ByteLevel(add_prefix_space=False)
-    digits = pre_tokenizers.Digits(individual_digits=True)
-    backend.pre_tokenizer = pre_tokenizers.Sequence([digits, byte_level])
-    backend.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=8192, special_tokens=SPECIAL_TOKENS, show_progress=False,
-        initial_alphabet=sorted(byte_level.alphabet()))
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer, backend.decoder = SMOLLM2_WORDS, decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(vocab_size=8192, special_tokens=SPECIAL_TOKENS,
+                                  show_progress=False, initial_alphabet=ByteLevel.alphabet())
     backend.train_from_iterator(stand_in_text().splitlines(keepends=True), trainer)
     end = SPECIAL_TOKENS[0]
     return PreTrainedTokenizerFast(
@@ -249,24 +216,24 @@ def stand_in_tokenizer():
 def choose_text(path):
     """A file's text and name; without a path, Tiny Shakespeare or what stands in for it."""
     if path:
-        return read_text(path), Path(path).name
-    try:
-        return tries("Tiny Shakespeare", download_text), f"Tiny Shakespeare ({TEXT_URL})"
-    except Exception:
-        return stand_in_text(), "stand-in: Python's language reference (pydoc_data.topics)"
+        return decode_text(path, Path(path).read_bytes()), Path(path).name
+    for attempt in (1, 2, 3):
+        log(f"fetching Tiny Shakespeare (try {attempt} of 3)")
+        try:
+            return download_text(), f"Tiny Shakespeare ({TEXT_URL})"
+        except Exception as error:  # refused, timed out, an error page, ...
+            log(f"  failed: {first_line(error)}")
+            time.sleep(1)
+    return stand_in_text(), "stand-in: Python's language reference (pydoc_data.topics)"
 
 
 def choose_tokenizer(wanted):
     """The tokenizer in a folder or on the hub, and its name; for None, SmolLM2's or a stand-in."""
     if wanted and os.path.exists(wanted):
         return load_tokenizer(wanted), Path(os.path.realpath(wanted)).name
-    if wanted and not re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", wanted):
-        raise ValueError(f"--tokenizer {wanted}: no such folder")
-    name, revision = wanted or TOKENIZER, "main"
-    if name == TOKENIZER:
-        revision = TOKENIZER_REVISION
-    try:
-        return load_tokenizer(hub_folder(name, revision)), f"{name}@{revision}"
+    name = wanted or TOKENIZER
+    try:  # (what cannot be a name on the hub is not asked of it)
+        return load_tokenizer(hub_folder(name)), name
     except Exception as error:
         if not wanted:
             return stand_in_tokenizer(), "stand-in: byte-level BPE trained on pydoc_data.topics"
@@ -275,13 +242,14 @@ def choose_tokenizer(wanted):
 
 
 def prepare_tokenizer(args, source, folder):
-    """Chooses the tokenizer and writes its files. Returns (tokenizer, facts for meta.json).
+    """Chooses the tokenizer and writes its files. Returns (encoder, facts for meta.json).
 
     Raises ValueError where it cannot be used, or would bring a stand-in in place of real data."""
     tokenizer, name = choose_tokenizer(args.tokenizer)
     names = {"text": source, "tokenizer": name}
     stand_ins = [what for what in names if names[what].startswith("stand-in: ")]
-    if max(tokenizer.get_vocab().values()) >= 2**16:
+    vocab_size = 1 + max(tokenizer.get_vocab().values())
+    if vocab_size > 2**16:
         raise ValueError(f"--tokenizer {name}: its {len(tokenizer):,} tokens do not fit uint16; "
                          "choose one of at most 65,536")
     if stand_ins and Path(args.out_dir, "meta.json").exists():
@@ -292,59 +260,49 @@ def prepare_tokenizer(args, source, folder):
         tokenizer.save_pretrained(folder / "tokenizer")
     except Exception as error:  # a full disk, in the words of a library
         raise OSError(f"the tokenizer cannot be written: {first_line(error)}") from None
-    tokenizer.backend_tokenizer.encode_special_tokens = True  # "<|endoftext|>" in a text is text
-    return tokenizer, {"source": source, "tokenizer": name, "val_fraction": args.val_fraction,
-                       "stand_in": " and ".join(stand_ins) or None}
+    backend = tokenizer.backend_tokenizer
+    backend.encode_special_tokens = True  # "<|endoftext|>" in a text is text
+    return backend, {"source": source, "tokenizer": name, "val_fraction": args.val_fraction,
+                     "stand_in": " and ".join(stand_ins) or None,
+                     "eos_token_id": tokenizer.eos_token_id, "vocab_size": vocab_size}
 
 
 # ---- encoding ----
 
 # GPT-2's pattern, with or without Digits before it, always ends a word before a space or line feed
 # that follows no white space: none of its alternatives 's|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+|
-#  ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+ runs on over such a place.
-CUT = re.compile(r"(?<=\S)[ \n]")
-PIECE = 2**12  # characters encoded as one string; longer ones are slower (the encoder's caches)
+#  ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+ runs on over such a place. So a text is cut there, and else not.
+# In pieces longer than 4,096 characters the encoder is slower (its caches).
+PIECES = re.compile(r".{4096}.*?(?<=\S)(?=[ \n])|.*", re.DOTALL)
+WHOLE = re.compile(r".*", re.DOTALL)
 BATCH = 2**10  # pieces handed to all cores at once
 
 
 def is_cuttable(backend):
-    """Whether a text cut by CUT has the ids of the whole text; other tokenizers get it uncut."""
-    spec = json.loads(backend.to_str())
-    steps = spec["pre_tokenizer"] or {}
-    steps = steps.get("pretokenizers", [steps])
-    known = [step.get("type") for step in steps] in (["ByteLevel"], ["Digits", "ByteLevel"])
-    plain = known and steps[-1].get("use_regex", True) and not steps[-1]["add_prefix_space"]
-    special = all(token["special"] for token in spec["added_tokens"])
-    return plain and special and not spec["normalizer"]
+    """Whether a text in PIECES has the ids of the whole text; other tokenizers get it uncut."""
+    words = str(backend.pre_tokenizer) in (str(GPT2_WORDS), str(SMOLLM2_WORDS))
+    special = all(token.special for token in backend.get_added_tokens_decoder().values())
+    return words and special and not backend.normalizer
 
 
-def cut(text, size):
-    """Yields the text in pieces of about `size` characters, each after its place."""
-    start = 0
-    while match := CUT.search(text, start + size):
-        yield start, text[start:match.start()]
-        start = match.start()
-    yield start, text[start:]
-
-
-def encode(texts, backend, bar=None):
-    """Encodes texts on all cores; a tqdm bar counts characters.
+def encode(texts, backend):
+    """Encodes texts on all cores, with a bar where it takes more than three seconds.
 
     Returns two lists, with an entry for each text: its ids (uint16), and the place of the first
     character that is lost, since no token has it (None: all are there)."""
-    size = PIECE if is_cuttable(backend) else sys.maxsize
-    pieces = [(i, start, piece) for i, text in enumerate(texts) for start, piece in cut(text, size)]
+    pattern = PIECES if is_cuttable(backend) else WHOLE
+    pieces = [(i, piece) for i, text in enumerate(texts) for piece in pattern.finditer(text)]
     ids, lost = [[] for _ in texts], [None for _ in texts]
-    for first in range(0, len(pieces), BATCH):
+    for first in tqdm(range(0, len(pieces), BATCH), leave=False, delay=3):
         batch = pieces[first:first + BATCH]
-        codes = backend.encode_batch_fast([piece for *_, piece in batch], add_special_tokens=False)
+        parts = [piece[0] for _, piece in batch]
+        codes = backend.encode_batch_fast(parts, add_special_tokens=False)
         decoded = backend.decode_batch([code.ids for code in codes], skip_special_tokens=False)
-        for (i, start, piece), code, back in zip(batch, codes, decoded):
+        for (i, piece), code, back in zip(batch, codes, decoded):
             ids[i].append(np.array(code.ids, dtype="<u2"))
-            if back != piece and lost[i] is None:
-                lost[i] = start + min(len(os.path.commonprefix([piece, back])), len(piece) - 1)
-            if bar is not None:
-                bar.update(len(piece))
+            if back != piece[0] and lost[i] is None:
+                same = len(os.path.commonprefix([piece[0], back]))
+                lost[i] = piece.start() + min(same, len(piece[0]) - 1)
     return [np.concatenate(parts) for parts in ids], lost
 
 
@@ -375,10 +333,9 @@ def replacing(out_dir):
     new = out_dir.with_name(f".{out_dir.name}.new")
     old = out_dir.with_name(f".{out_dir.name}.old")
     is_parent_new = not out_dir.parent.exists()
-    out_dir.parent.mkdir(parents=True, exist_ok=True)
     lock = FileLock(out_dir.with_name(f".{out_dir.name}.lock"), timeout=0)
     try:
-        lock.acquire()
+        lock.acquire()  # makes the folder of the file, too
     except Timeout:
         raise ValueError(f"--out_dir {out_dir}: another process is writing there") from None
     try:
@@ -446,18 +403,13 @@ def log(message):
 
 
 def fail(program, message, code=1):
-    log(f"{program}: " + " ".join(str(message).splitlines()))
+    log(f"{program}: {first_line(message)}")
     raise SystemExit(code)
 
 
 def first_line(error):
     """What an error says; libraries like to add paragraphs."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
-
-
-def progress(total, unit):
-    """A bar for work that takes more than three seconds."""
-    return tqdm(total=total, unit=unit, unit_scale=True, leave=False, delay=3, mininterval=1)
 
 
 @contextlib.contextmanager
@@ -472,7 +424,7 @@ def command(program):
     try:
         yield
     except (OSError, ValueError, MemoryError) as error:
-        fail(program, first_line(error))
+        fail(program, error)
 
 
 def new_parser(program, description):
@@ -492,7 +444,7 @@ def add_data_options(parser, out_dir):
         help=f"a hub name, or a folder with tokenizer.json (default: {TOKENIZER})")
     add("--out_dir", type=typed_path, default=out_dir, metavar="FOLDER",
         help=f"prepared data in it are replaced, anything else is not (default: {out_dir})")
-    add("--val_fraction", type=typed_fraction, default=0.1, metavar="F",
+    add("--val_fraction", type=number(float, 1e-6, 1 - 1e-6), default=0.1, metavar="F",
         help="share held out (default: 0.1)")
     add("--allow_unrepresentable", action="store_true",
         help="drop characters that the tokenizer has no token for (default: they are an error)")
@@ -505,10 +457,15 @@ def typed_path(text):
     return os.path.expanduser(text)
 
 
-def typed_fraction(text):
-    if not 0 < float(text) < 1:  # nan is not, either
-        raise argparse.ArgumentTypeError(f"{text} is not between 0 and 1; 0.1 holds out a tenth")
-    return float(text)
+def number(kind, low, high=float("inf")):
+    """An argparse type: an int or a float from low to high."""
+    def convert(text):
+        value = kind(text)
+        if not low <= value <= high:  # not true of nan, too
+            raise argparse.ArgumentTypeError(f"{text}: must be from {low} to {high}")
+        return value
+    convert.__name__ = kind.__name__
+    return convert
 
 
 def parse_args(argv=None):
@@ -519,13 +476,10 @@ def parse_args(argv=None):
                         help="one text in UTF-8 (default: Tiny Shakespeare, downloaded)")
     args, rest = parser.parse_known_args(argv)
     first, *more = args.input or [""]
-    is_pattern = glob.has_magic(first) and not os.path.exists(first)
-    is_corpus = more or is_pattern or os.path.isdir(first) or first.lower().endswith(CORPUS)
-    if is_corpus or any(word.startswith("--dataset") for word in rest):
-        words = shlex.join(sys.argv[1:] if argv is None else argv)
-        parser.error(f"for many documents: python -m tools.corpus {words}")
-    if rest:
-        parser.error(f"unrecognized arguments: {shlex.join(rest)}")
+    if rest or more or os.path.isdir(first) or first.lower().endswith(CORPUS):
+        odd, words = shlex.join(rest + more) or first, shlex.join(argv or sys.argv[1:])
+        parser.error(f"one text and the options in --help are taken, not {odd}; for many "
+                     f"documents: python -m tools.corpus {words}")
     args.input = first
     return args
 
@@ -536,18 +490,16 @@ def prepare(args):
     """Prepares one text as args say, and reports. Raises OSError, or ValueError in one line."""
     with replacing(args.out_dir) as folder:
         text, source = choose_text(args.input)
-        tokenizer, facts = prepare_tokenizer(args, source, folder)
+        backend, facts = prepare_tokenizer(args, source, folder)
         end = int((1 - args.val_fraction) * len(text))  # by default nanoGPT's int(0.9 * len(text))
         sides = [text[:end], text[end:]]
-        with progress(len(text), " characters") as bar:
-            ids, lost = encode(sides, tokenizer.backend_tokenizer, bar)
-        for name, side, text_of_side, place in zip(("train", "val"), ids, sides, lost):
-            check_lost(f"{source} ({name} side)", text_of_side, place, args.allow_unrepresentable)
-            if len(side) < 2:
-                raise ValueError(f"{source} is too short: {len(side)} tokens on the {name} side; "
+        for name, side, ids, lost in zip(("train", "val"), sides, *encode(sides, backend)):
+            check_lost(f"{source} ({name} side)", side, lost, args.allow_unrepresentable)
+            if len(ids) < 2:
+                raise ValueError(f"{source} is too short: {len(ids)} tokens on the {name} side; "
                                  "give more, or another --val_fraction")
-            (folder / f"{name}.bin").write_bytes(side)
-        meta = write_meta(folder, tokenizer, facts | {
+            (folder / f"{name}.bin").write_bytes(ids)
+        meta = write_meta(folder, facts | {
             "documents": 1, "characters": len(text), "bytes": len(text.encode()),
             "val_characters": len(sides[1]), "val_bytes": len(sides[1].encode())})
     report(args.out_dir, meta)

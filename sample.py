@@ -7,7 +7,6 @@
 
 The text goes to standard output, all else to standard error. The same seed gives the same text.
 """
-import argparse
 import hashlib
 import os
 import re
@@ -21,31 +20,20 @@ import prepare
 fail = partial(prepare.fail, "sample.py")
 
 
-def number(kind, low, high=float("inf")):
-    """An argparse type: an int or a float from low to high."""
-    def convert(text):
-        value = kind(text)
-        if not low <= value <= high:  # not true of nan, too
-            raise argparse.ArgumentTypeError(f"{text}: must be from {low} to {high}")
-        return value
-    convert.__name__ = kind.__name__
-    return convert
-
-
 def parse_args(argv):
     parser = prepare.new_parser("sample.py", __doc__)
     add = parser.add_argument
     add("--prompt", default="\n", help="text to continue; - reads standard input [a line break]")
     add("--checkpoint", default="out", help="a file, an out_dir (its newest), best, OUT_DIR/best, "
         "a folder in Hugging Face's format, or a hub name [out]")
-    add("--temperature", type=number(float, 0, 1e6), default=0.8,
+    add("--temperature", type=prepare.number(float, 0, 1e6), default=0.8,
         help="below 1 likelier, above 1 wilder tokens; 0: always the likeliest [0.8]")
-    add("--top_k", type=number(int, 0, 2**31), default=50, help="of the k likeliest; 0: all [50]")
-    add("--top_p", type=number(float, 0, 1), default=1.0,
+    add("--top_k", type=prepare.number(int, 0, 2**31), default=50, help="of the k likeliest; 0: all [50]")
+    add("--top_p", type=prepare.number(float, 0, 1), default=1.0,
         help="of the likeliest that together have this probability [1]")
-    add("--seed", type=number(int, 0, 2**63 - 1), default=1337, help="of the choices [1337]")
-    add("--max_new_tokens", type=number(int, 1, 2**31), default=200, help="at most [200]")
-    add("--num_samples", type=number(int, 1, 4096), default=1, help="texts, made in one batch [1]")
+    add("--seed", type=prepare.number(int, 0, 2**63 - 1), default=1337, help="of the choices [1337]")
+    add("--max_new_tokens", type=prepare.number(int, 1, 2**31), default=200, help="at most [200]")
+    add("--num_samples", type=prepare.number(int, 1, 4096), default=1, help="texts, made in one batch [1]")
     add("--stop", action="append", default=[], metavar="TEXT", help="end before this text")
     add("--device", default="auto", help="auto, cpu, cuda, mps [auto]")
     add("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"),
@@ -78,7 +66,7 @@ def load(checkpoint):
         return from_pretrained(path), path, None
     is_path = path.parent.exists() or path.suffix == ".pt" or path.name == "best"
     if not is_path and re.fullmatch(HUB_NAME, checkpoint):
-        return from_pretrained(checkpoint), prepare.hub_folder(checkpoint, None), None
+        return from_pretrained(checkpoint), prepare.hub_folder(checkpoint), None
     try:
         file, state = load_checkpoint(path, mmap=True)
     except FileNotFoundError as e:

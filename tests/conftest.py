@@ -40,7 +40,7 @@ def real_data(tmp_path_factory):
         return Path(folder).resolve(strict=True)
     folder = tmp_path_factory.mktemp("real")
     try:
-        tokenizer = prepare.hub_folder(prepare.TOKENIZER, prepare.TOKENIZER_REVISION)
+        tokenizer = prepare.hub_folder(prepare.TOKENIZER)
         text = prepare.download_text()
     except Exception as e:
         pytest.skip(f"no SMOLLM2_TEST_DATA, and no download: {type(e).__name__}")

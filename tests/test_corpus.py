@@ -3,6 +3,7 @@ import argparse
 import gzip
 import json
 import random
+import re
 import sys
 from collections import Counter
 from pathlib import Path
@@ -112,7 +113,8 @@ def test_every_reader_gives_the_same_and_hardly_anything_past_max_tokens_is_read
 
 def test_a_document_larger_than_a_batch_is_encoded_as_in_one_piece(run, stand_in, monkeypatch):
     monkeypatch.setattr(corpus, "BATCH", 1000)
-    monkeypatch.setattr(prepare, "PIECE", 64)
+    pattern = prepare.PIECES.pattern.replace("4096", "64")
+    monkeypatch.setattr(prepare, "PIECES", re.compile(pattern, re.DOTALL))
     texts = [" ".join(documents(40)), *documents(60)[40:], "mentions <|endoftext|> in its text"]
     assert run("--input", jsonl("docs.jsonl", texts))[0] == 0
     backend = prepare.load_tokenizer(stand_in).backend_tokenizer

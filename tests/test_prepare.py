@@ -7,6 +7,7 @@ import itertools
 import json
 import os
 import random
+import re
 import resource
 import shlex
 import shutil
@@ -111,7 +112,8 @@ def test_default_takes_text_from_its_address_and_tokenizer_from_the_cache(
     from huggingface_hub import constants
     content = (real_data / "input.txt").read_bytes()
     model = Path("hub", "models--HuggingFaceTB--SmolLM2-135M")
-    shutil.copytree(real_data / "tokenizer", model / "snapshots" / prepare.TOKENIZER_REVISION)
+    revision = prepare.TOKENIZER.partition("@")[2]
+    shutil.copytree(real_data / "tokenizer", model / "snapshots" / revision)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(Path("hub").absolute()))
     monkeypatch.setattr(urllib.request, "urlopen", lambda url, timeout: io.BytesIO(content))
     code, out, err = run_main(prepare.main)
@@ -133,14 +135,15 @@ def test_every_byte_is_kept_but_the_byte_order_mark(run, which, request, monkeyp
     """In a text cut wherever it can be, whose sides have the ids of each in one piece."""
     fixture, *below = which.split("/")
     folder = request.getfixturevalue(fixture).joinpath(*below)
-    monkeypatch.setattr(prepare, "PIECE", 1)
+    pattern = prepare.PIECES.pattern.replace("4096", "1")
+    monkeypatch.setattr(prepare, "PIECES", re.compile(pattern, re.DOTALL))
     monkeypatch.setattr(prepare, "BATCH", 70)
     backend = prepare.load_tokenizer(folder).backend_tokenizer
     atoms = [*ATOMS * 9, *["some longer words, too "] * 9, *map(chr, range(256))]
     if below:  # the real one has no tokens for 21 bytes
         atoms = [a for a in atoms if backend.decode(backend.encode(a).ids, False) == a]
     text = "".join(random.Random(1).choices(atoms, k=50_000))
-    assert prepare.is_cuttable(backend) and len(list(prepare.cut(text, 1))) > 5_000
+    assert prepare.is_cuttable(backend) and len(prepare.PIECES.findall(text)) > 5_000
     write("text.txt", "\ufeff" + text)
     argv = ["--input", "text.txt", "--val_fraction", 0.3, "--tokenizer", folder]
     assert run(*argv).code == 0
@@ -162,7 +165,8 @@ def test_a_tokenizer_of_another_kind_encodes_texts_uncut(run, monkeypatch):
     backend.train_from_iterator([PROSE], trainer)
     Path("other").mkdir()
     backend.save("other/tokenizer.json")
-    monkeypatch.setattr(prepare, "PIECE", 64)
+    pattern = prepare.PIECES.pattern.replace("4096", "64")
+    monkeypatch.setattr(prepare, "PIECES", re.compile(pattern, re.DOTALL))
     assert run("--input", write("text.txt", PROSE), "--tokenizer", "other").code == 0
     whole = encode_whole("other", PROSE[:int(0.9 * len(PROSE))])
     assert prepare.open_data("data/shakespeare").train.tolist() == whole
@@ -215,9 +219,8 @@ def test_an_error_page_is_no_data_and_a_stand_in_never_replaces_real_data(run, m
     ("val.bin", lambda p: os.truncate(p, 0), "empty"),
     ("tokenizer/tokenizer.json", lambda p: write(p, "{}"), "tokenizer_sha256"),
     ("meta.json", lambda p: write(p, Path(p).read_text().replace("0.1", "0.2")), "changed"),
-    ("meta.json", lambda p: write(p, "[]"), "list"),
+    ("meta.json", lambda p: write(p, "[]"), "str"),
     ("meta.json", lambda p: edit_meta(vocab_size=5), "vocab_size 5"),
-    ("meta.json", lambda p: edit_meta(val_bytes="9"), "val_bytes"),
 ])
 def test_damage_is_told_in_one_line(prepared, file, damage, word):
     prepare.open_data("data/shakespeare")
@@ -247,7 +250,7 @@ def test_a_tokenizer_from_a_stranger_runs_no_code(run, stand_in):
 
 
 BEGINNINGS = {"PDF": b"%PDF-1.7", "zip": b"PK\3\4", "Parquet": b"PAR1", "xz": b"\xfd7zXZ",
-              "bzip2": b"BZh9", "Zstandard": b"\x28\xb5\x2f\xfd", "UTF-32": b"\xff\xfe\0\0"}
+              "bzip2": b"BZh9", "Zstandard": b"\x28\xb5\x2f\xfd"}
 
 
 @pytest.mark.parametrize("typed, code, words", [
@@ -272,7 +275,6 @@ BEGINNINGS = {"PDF": b"%PDF-1.7", "zip": b"PK\3\4", "Parquet": b"PAR1", "xz": b"
     ("good.txt --inp x", 2, "--inp"),
     ("good.txt --val_fraction=1.0", 2, "--val_fraction 1.0"),
     ("good.txt gz.txt", 2, "python -m tools.corpus --input good.txt gz.txt"),
-    ("*.text --out_dir=o", 2, "python -m tools.corpus '*.text' --out_dir=o"),
     ("A.PARQUET", 2, "python -m tools.corpus A.PARQUET"),
     ("full", 2, "python -m tools.corpus --input full"),
     ("x --dataset=y:z", 2, "python -m tools.corpus --dataset=y:z"),

@@ -220,7 +220,7 @@ def encode_text(args):
     backend = prepare.load_tokenizer(Path(args.data_dir, "tokenizer")).backend_tokenizer
     text = backend.decode(np.fromfile(Path(args.data_dir, "train.bin"), dtype="<u2").tolist())
     text *= 1 + 50_000_000 // len(text)
-    pieces = [piece for _, piece in prepare.cut(text, prepare.PIECE)]
+    pieces = prepare.PIECES.findall(text)
 
     def step():
         for i in range(0, len(pieces), prepare.BATCH):
@@ -476,7 +476,7 @@ def main(argv=None):
     add("parts", nargs="*", help=f"{', '.join(PARTS)}, gpu [{' '.join(STANDARD)}]")
     add("--shapes", nargs="+", metavar="BxT", help="sequences x tokens of a training step "
         "[4x256 8x1024 4x2048; for gpu 4x256 16x2048 32x2048]")
-    add("--runs", type=int, default=7, help="measured turns of each contestant [7]")
+    add("--runs", type=prepare.number(int, 1), default=7, help="measured turns of each contestant [7]")
     add("--fast", dest="deterministic", action="store_false", help="train with deterministic=false")
     add("--dtype", choices=["bfloat16", "float16", "float32"], default="bfloat16",
         help="of the weights while decoding [bfloat16]")
@@ -507,8 +507,6 @@ def main(argv=None):
     for shape in args.shapes:
         if not re.fullmatch(r"[1-9]\d*x[1-9]\d*", shape):
             fail(f"--shapes {shape}: expected BxT, as in 4x256", 2)
-    if args.runs < 1:
-        fail(f"--runs {args.runs}: must be 1 or more", 2)
     report = {"machine": processor()}
     print(report["machine"])
     failed = []

@@ -19,6 +19,7 @@ from collections import Counter
 from pathlib import Path
 
 import numpy as np
+from tqdm import tqdm
 
 import prepare
 
@@ -144,15 +145,15 @@ def is_held_out(text, val_fraction):
     return int(hashlib.sha256(first).hexdigest()[:13], 16) / 16**13 < val_fraction
 
 
-def write_documents(documents, folder, tokenizer, args):
+def write_documents(documents, folder, backend, eos, args):
     """Writes train.bin and val.bin, and returns what is in each side: a Counter of counts."""
     counts = {"train": Counter(), "val": Counter()}
     limit, done = args.max_tokens or float("inf"), 0
-    backend = tokenizer.backend_tokenizer
-    end = np.array([tokenizer.eos_token_id], dtype="<u2")
+    end = np.array([eos], dtype="<u2")
     with contextlib.ExitStack() as stack:
         files = {side: stack.enter_context(open(folder / f"{side}.bin", "wb")) for side in counts}
-        bar = stack.enter_context(prepare.progress(args.max_tokens, " tokens"))
+        bar = stack.enter_context(tqdm(total=args.max_tokens, unit=" tokens", unit_scale=True,
+                                       leave=False, delay=3, mininterval=1))
         # A token has a byte at least, so a batch of as many characters as tokens are missing
         # hardly reads more than is taken.
         while batch := next_batch(documents, min(BATCH, limit - done)):
@@ -202,11 +203,9 @@ def parse_args(argv):
                         help="a name on the hub")
     parser.add_argument("--split", help="of the dataset (default: train)")
     parser.add_argument("--column", default="text", help="field with the text (default: text)")
-    parser.add_argument("--max_tokens", type=int, metavar="N",
+    parser.add_argument("--max_tokens", type=prepare.number(int, 1), metavar="N",
                         help="stop before the document that would pass N tokens (default: none)")
     args = parser.parse_args(argv)
-    if args.max_tokens is not None and args.max_tokens < 1:
-        parser.error(f"argument --max_tokens: {args.max_tokens} is not above 0")
     if args.split and not args.dataset:
         parser.error("argument --split: goes with --dataset only")
     if args.dataset and os.path.isfile(args.dataset):
@@ -234,16 +233,16 @@ def prepare_corpus(args):
     """Prepares the documents as args say, and reports. Raises OSError, ValueError."""
     with prepare.replacing(args.out_dir) as folder:
         documents, source = open_documents(args)
-        tokenizer, facts = prepare.prepare_tokenizer(args, source, folder)
-        if tokenizer.eos_token_id is None:
+        backend, facts = prepare.prepare_tokenizer(args, source, folder)
+        if facts["eos_token_id"] is None:
             raise ValueError(f"--tokenizer {facts['tokenizer']}: it has no end-of-text token to "
                              "set between documents; give it an eos_token")
-        counts = write_documents(documents, folder, tokenizer, args)
+        counts = write_documents(documents, folder, backend, facts["eos_token_id"], args)
         check_sides(counts, args)
         total = counts["train"] + counts["val"]
         for key in ("documents", "characters", "bytes"):
             facts[key] = total[key]
-        meta = prepare.write_meta(folder, tokenizer, facts | {
+        meta = prepare.write_meta(folder, facts | {
             "val_characters": counts["val"]["characters"], "val_bytes": counts["val"]["bytes"]})
     prepare.report(args.out_dir, meta)
 
