@@ -50,15 +50,6 @@ PAGE = 64  # positions in a page of the key/value cache
 HUB_NAME = r"\w[\w.-]*/\w[\w.-]*"  # USER/NAME, and no path of a folder
 
 
-def linear(x, weight):
-    """x (..., in_features) @ weight.T."""
-    if torch.compiler.is_compiling() and x.numel() == x.size(-1):
-        # A single row, as in decoding one text: this reads the weights at the memory's speed,
-        # F.linear at a third of it on a CPU.
-        return (x[..., None, :] * weight.float()).sum(-1).to(x.dtype)
-    return F.linear(x, weight)
-
-
 class Linear(nn.Module):
     """nn.Linear without a bias and without random numbers, which SmolLM2 draws once for all."""
 
@@ -67,7 +58,11 @@ class Linear(nn.Module):
         self.weight = nn.Parameter(torch.empty(out_features, in_features))
 
     def forward(self, x):
-        return linear(x, self.weight)
+        if torch.compiler.is_compiling() and x.numel() == x.size(-1):
+            # A single row, as in decoding one text: this reads the weights at the memory's speed,
+            # F.linear at a third of it on a CPU.
+            return (x[..., None, :] * self.weight.float()).sum(-1).to(x.dtype)
+        return F.linear(x, self.weight)
 
 
 def linears(x, *layers):
@@ -478,23 +473,31 @@ def config_from_hf(hf):
 
     Raises ValueError, naming what this model does not have."""
     rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}  # transformers 5 has the first
-    found = {"initializer_range": 0.02, "max_position_embeddings": 2048, "rms_norm_eps": 1e-6,
-             "num_key_value_heads": hf.get("num_attention_heads"), "hidden_act": "silu",
-             "rope_theta": rope.get("rope_theta", 10_000.0), "partial_rotary_factor": 1.0,
+    heads, hidden_size = hf.get("num_attention_heads"), hf.get("hidden_size")
+    required = {"model_type": "llama", "tie_word_embeddings": True, "hidden_act": "silu",
+                "rope_type": "default", "partial_rotary_factor": 1.0, "attention_bias": False,
+                "mlp_bias": False, "head_dim": (hidden_size or 0) // (heads or 1)}
+    found = {**required, "tie_word_embeddings": False, "initializer_range": 0.02,
+             "max_position_embeddings": 2048, "rms_norm_eps": 1e-6, "num_key_value_heads": heads,
+             "rope_theta": rope.get("rope_theta", 10_000.0),
              "rope_type": rope.get("rope_type", rope.get("type", "default"))}
     found |= {name: value for name, value in hf.items() if value is not None}
-    required = {"model_type": "llama", "tie_word_embeddings": True, "hidden_act": "silu",
-                "rope_type": "default", "partial_rotary_factor": 1.0}
-    wrong = [f"{name} = {found.get(name)!r} (only {value!r})"
-             for name, value in required.items() if found.get(name) != value]
-    wrong += [f"{name} = True" for name in ("attention_bias", "mlp_bias") if found.get(name)]
-    wrong += [f"{f.name} is missing" for f in fields(SmolLM2Config) if found.get(f.name) is None]
-    if not wrong:
-        config = SmolLM2Config(**{f.name: found[f.name] for f in fields(SmolLM2Config)})
-        if found.get("head_dim", config.head_dim) == config.head_dim:
-            return config
-        wrong.append(f"head_dim = {found['head_dim']} (only hidden_size / num_attention_heads)")
-    raise ValueError("not supported in config.json: " + "; ".join(wrong))
+    wrong = [f"{name} = {found[name]!r} (only {value!r})"
+             for name, value in required.items() if found[name] != value]
+    names = [f.name for f in fields(SmolLM2Config)]
+    wrong += [f"{name} is missing" for name in names if found.get(name) is None]
+    if wrong:
+        raise ValueError("not supported in config.json: " + "; ".join(wrong))
+    return SmolLM2Config(**{name: found[name] for name in names})
+
+
+def from_state(config, state):
+    """The model with the weights of a state dict: it draws none, and copies none."""
+    with torch.device("meta"):
+        model = SmolLM2(config)
+    model.load_state_dict(state, assign=True)
+    model.lm_head.weight = model.model.embed_tokens.weight  # the assignment made two of them
+    return model
 
 
 def from_pretrained(source):
@@ -505,26 +508,20 @@ def from_pretrained(source):
     from huggingface_hub import snapshot_download
     from safetensors.torch import load_file
 
-    folder, state = Path(source).expanduser(), {}
-    if not folder.is_dir() and not re.fullmatch(HUB_NAME, str(source)):
-        raise ValueError(f"there is no folder {source}")
+    folder, state = Path(source), {}
     try:
-        if not folder.is_dir():
+        if re.fullmatch(HUB_NAME, str(source)) and not folder.is_dir():
             patterns = ["*.json", "*.safetensors", "*.txt"]
-            folder = Path(snapshot_download(str(source), allow_patterns=patterns))
-        config = config_from_hf(json.loads((folder / "config.json").read_text(encoding="utf-8")))
-        with torch.device("meta"):
-            model = SmolLM2(config)
+            folder = Path(snapshot_download(source, allow_patterns=patterns))
+        config = config_from_hf(json.loads((folder / "config.json").read_bytes()))
         for file in sorted(folder.glob("*.safetensors")):
             state.update(load_file(file))
         if "model.embed_tokens.weight" in state:  # tied, and in most files once
             state["lm_head.weight"] = state["model.embed_tokens.weight"]
-        model.load_state_dict(state, assign=True)
+        return from_state(config, state).float()
     except Exception as e:
         problem = textwrap.shorten(str(e), 200)
         raise ValueError(f"cannot load {source}: {type(e).__name__}: {problem}") from e
-    model.lm_head.weight = model.model.embed_tokens.weight  # the assignment made two of them
-    return model.float()
 
 
 def native_bf16():

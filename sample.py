@@ -7,7 +7,6 @@
 
 The text goes to standard output, all else to standard error. The same seed gives the same text.
 """
-import hashlib
 import os
 import re
 import signal
@@ -16,6 +15,7 @@ from functools import partial
 from pathlib import Path
 
 import prepare
+from prepare import number
 
 fail = partial(prepare.fail, "sample.py")
 
@@ -26,14 +26,14 @@ def parse_args(argv):
     add("--prompt", default="\n", help="text to continue; - reads standard input [a line break]")
     add("--checkpoint", default="out", help="a file, an out_dir (its newest), best, OUT_DIR/best, "
         "a folder in Hugging Face's format, or a hub name [out]")
-    add("--temperature", type=prepare.number(float, 0, 1e6), default=0.8,
+    add("--temperature", type=number(float, 0, 1e6), default=0.8,
         help="below 1 likelier, above 1 wilder tokens; 0: always the likeliest [0.8]")
-    add("--top_k", type=prepare.number(int, 0, 2**31), default=50, help="of the k likeliest; 0: all [50]")
-    add("--top_p", type=prepare.number(float, 0, 1), default=1.0,
+    add("--top_k", type=number(int, 0, 2**31), default=50, help="of the k likeliest; 0: all [50]")
+    add("--top_p", type=number(float, 0, 1), default=1.0,
         help="of the likeliest that together have this probability [1]")
-    add("--seed", type=prepare.number(int, 0, 2**63 - 1), default=1337, help="of the choices [1337]")
-    add("--max_new_tokens", type=prepare.number(int, 1, 2**31), default=200, help="at most [200]")
-    add("--num_samples", type=prepare.number(int, 1, 4096), default=1, help="texts, made in one batch [1]")
+    add("--seed", type=number(int, 0, 2**63 - 1), default=1337, help="of the choices [1337]")
+    add("--max_new_tokens", type=number(int, 1, 2**31), default=200, help="at most [200]")
+    add("--num_samples", type=number(int, 1, 4096), default=1, help="texts, made in one batch [1]")
     add("--stop", action="append", default=[], metavar="TEXT", help="end before this text")
     add("--device", default="auto", help="auto, cpu, cuda, mps [auto]")
     add("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"),
@@ -56,9 +56,7 @@ def load(checkpoint):
 
     state: the checkpoint's dict, with its path as "file"; None for the others. Raises ValueError,
     in one line, where there is nothing to load. The hub is asked only for USER/NAME as typed."""
-    import torch
-
-    from model import HUB_NAME, SmolLM2, from_pretrained
+    from model import HUB_NAME, from_pretrained, from_state
     from train import TrainConfig, load_checkpoint
 
     path = Path("out/best") if checkpoint == "best" else Path(checkpoint).expanduser()
@@ -71,11 +69,8 @@ def load(checkpoint):
         file, state = load_checkpoint(path, mmap=True)
     except FileNotFoundError as e:
         raise ValueError(f"{e}: python train.py config/smollm2.py makes one") from None
-    with torch.device("meta"):
-        model = SmolLM2(TrainConfig(**state["config"]))
-    model.load_state_dict(state["model"], assign=True)
-    model.lm_head.weight = model.model.embed_tokens.weight
     state["file"] = file
+    model = from_state(TrainConfig(**state["config"]), state["model"])
     return model, tokenizer_folder(file, state), state
 
 
@@ -83,11 +78,8 @@ def tokenizer_folder(file, state):
     """The folder of the tokenizer of a checkpoint's run. Raises ValueError if it is gone."""
     places = [file.parent / "tokenizer", Path(state["config"]["data_dir"], "tokenizer")]
     for folder in places:
-        tokenizer = folder / "tokenizer.json"
-        if tokenizer.is_file():
-            digest = hashlib.sha256(tokenizer.read_bytes()).hexdigest()
-            if digest.startswith(state["data"]["tokenizer"]):
-                return folder
+        if prepare.tokenizer_digest(folder).startswith(state["data"]["tokenizer"]):
+            return folder
     raise ValueError(f"the tokenizer that {file} was trained with is neither in {places[0]} nor in "
                      f"{places[1]}: copy it to the first")
 
@@ -99,8 +91,8 @@ class Streamer:
         from tokenizers.decoders import DecodeStream
         self.tokenizer, self.stops = tokenizer, stops
         self.stream = DecodeStream(prompt, skip_special_tokens=False)
-        self.waiting = ""  # may be the beginning of a stop text
-        self.ended = False
+        self.held_back = max(map(len, stops), default=1) - 1  # characters: a stop may begin there
+        self.waiting, self.ended = "", False
 
     def push(self, token):
         """Adds a token and returns the text that is now certain."""
@@ -109,9 +101,7 @@ class Streamer:
         if found:
             self.waiting = self.waiting[:min(found)]
             return self.finish()
-        begun = [n for stop in self.stops for n in range(1, len(stop))
-                 if self.waiting.endswith(stop[:n])]
-        end = len(self.waiting) - max(begun, default=0)
+        end = max(0, len(self.waiting) - self.held_back)
         text, self.waiting = self.waiting[:end], self.waiting[end:]
         return text
 
@@ -145,6 +135,7 @@ def write(model, tokenizer, eos, prompt, count, max_new_tokens, stops, seed, **s
         yield i, stream.finish()
 
 
+@prepare.command("sample.py")
 def main(argv=None):
     args = parse_args(argv)
     signal.signal(signal.SIGINT, lambda *_: os._exit(130))  # how one ends a text one has seen
@@ -154,46 +145,38 @@ def main(argv=None):
         device, dtype, _ = pick_device(args.device, args.dtype)
     except ValueError as e:
         fail(f"--{e}", 2)
-    try:
-        model, folder, state = load(args.checkpoint)
-        tokenizer, eos = prepare.open_tokenizer(folder)
-    except ValueError as e:
-        fail(f"--checkpoint: {e}")
+    model, folder, state = load(args.checkpoint)
+    tokenizer, eos = prepare.open_tokenizer(folder)
     if state:
         hint = hint_of_best(state["file"].parent, state)
-        print(f"{state['file']}: step {state['step']}{hint}", file=sys.stderr)
+        prepare.log(f"{state['file']}: step {state['step']}{hint}")
     if device.type == "cpu":
         keep_freed_memory()
     model = model.to(device, dtype).eval()
     pieces = write(model, tokenizer, eos, args.prompt, args.num_samples, args.max_new_tokens,
                    args.stop, args.seed, temperature=args.temperature, top_k=args.top_k,
                    top_p=args.top_p)
-    sys.stdout = sys.stdout or open(os.devnull, "w")  # it may be closed
+    sys.stdout = sys.stdout.stream  # the bare one: here, what cannot be written is an error
     sys.stdout.reconfigure(encoding="utf-8", errors="replace")
-    texts, shown = [args.prompt] * args.num_samples, 0
+    texts, unseen = [args.prompt] * args.num_samples, args.prompt
     try:
         for i, piece in pieces:
             texts[i] += piece
             if args.num_samples == 1:  # as it comes; several when all are done
-                print(texts[0][shown:], end="", flush=True)
-                shown = len(texts[0])
-    except ValueError as e:
-        fail(e)
+                print(unseen + piece, end="", flush=True)
+                unseen = ""
+        if args.num_samples == 1:
+            print()
+        else:
+            for i, text in enumerate(texts, 1):
+                print(f"--- {i}\n{text}")
+    except BrokenPipeError:  # the reader, such as `head`, has seen enough
+        os._exit(0)
     except (MemoryError, RuntimeError) as e:
         if not is_out_of_memory(e):
             raise
         fail("out of memory: lower --num_samples or --max_new_tokens")
-    if args.num_samples == 1:
-        print()
-    else:
-        for i, text in enumerate(texts, 1):
-            print(f"--- {i}\n{text}")
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except BrokenPipeError:  # the reader, such as `head`, has seen enough
-        os._exit(0)
-    except OSError as e:
-        fail(f"standard output: {e.strerror}")
+    main()

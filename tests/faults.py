@@ -89,7 +89,7 @@ test_resume::test_a_second_process_in_the_same_out_dir_is_refused
   train: two processes write one run | lock.acquire() | pass
 test_resume::test_the_run_is_a_whole_whatever_became_of_its_data
   train: another tokenizer is taken | if old["tokenizer"] != new["tokenizer"]: | if False:
-  sample: any tokenizer is taken | if digest.startswith(state["data"]["tokenizer"]): | if True:
+  sample: any tokenizer is taken | prepare.tokenizer_digest(folder).startswith(state["data"]["tokenizer"]) | True
 test_resume::test_other_data_are_refused_unless_named
   train: other data are taken | if old != new and "data_dir" | if False and "data_dir"
 test_resume::test_a_change_that_bends_the_run_is_made_and_named
@@ -120,9 +120,9 @@ test_prepare::test_every_byte_is_kept_but_the_byte_order_mark
   prepare: the byte order mark stays | .removeprefix("\ufeff") | .removeprefix("")
 test_sample::test_a_stop_text_over_several_tokens_is_never_shown_not_even_its_beginning
   sample: a stop text is shown | self.waiting[:min(found)] | self.waiting
-  sample: the beginning of a stop text is shown | max(begun, default=0) | 0
+  sample: the beginning of a stop text is shown | self.held_back) | 0)
 test_sample::test_standard_output_is_the_prompt_and_the_text_and_nothing_else
-  sample: the prompt is cut | print(texts[0][shown:] | print(texts[0][shown + 1:]
+  sample: the prompt is cut | print(unseen + piece | print(unseen[1:] + piece
 test_sample::test_it_ends_at_endoftext
   sample: text goes on after its end | if token == eos else stream | if False else stream
 test_sample::test_standard_output_is_the_prompt_and_the_text_and_nothing_else

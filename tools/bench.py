@@ -476,7 +476,8 @@ def main(argv=None):
     add("parts", nargs="*", help=f"{', '.join(PARTS)}, gpu [{' '.join(STANDARD)}]")
     add("--shapes", nargs="+", metavar="BxT", help="sequences x tokens of a training step "
         "[4x256 8x1024 4x2048; for gpu 4x256 16x2048 32x2048]")
-    add("--runs", type=prepare.number(int, 1), default=7, help="measured turns of each contestant [7]")
+    add("--runs", type=prepare.number(int, 1), default=7,
+        help="measured turns of each contestant [7]")
     add("--fast", dest="deterministic", action="store_false", help="train with deterministic=false")
     add("--dtype", choices=["bfloat16", "float16", "float32"], default="bfloat16",
         help="of the weights while decoding [bfloat16]")
