@@ -58,8 +58,8 @@ class Data:
 
     def fingerprint(self):
         """Tells data from other data, under any name."""
-        names = ("train", "val", "tokenizer")
-        return {name: self.meta.get(f"{name}_sha256", "")[:16] for name in names}
+        return {name: self.meta.get(f"{name}_sha256", "")[:16]
+                for name in ("train", "val", "tokenizer")}
 
 
 def open_data(folder):
@@ -130,13 +130,11 @@ def open_tokenizer(folder):
     """(tokenizer, the id that ends a text or None), to encode prompts and to decode.
 
     Of the library `tokenizers`: importing transformers takes a second. Raises ValueError."""
-    folder = Path(folder)
+    config, end = Path(folder, "tokenizer_config.json"), SPECIAL_TOKENS[0]
     try:
-        tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-        end = SPECIAL_TOKENS[0]
-        if (folder / "tokenizer_config.json").exists():
-            config = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
-            end = config.get("eos_token") or end
+        tokenizer = Tokenizer.from_file(str(Path(folder, "tokenizer.json")))
+        if config.exists():
+            end = json.loads(config.read_bytes()).get("eos_token") or end
         if isinstance(end, dict):  # as older files have it
             end = end["content"]
     except Exception as error:  # the library raises nothing narrower
@@ -218,11 +216,10 @@ def choose_text(path):
     if path:
         return decode_text(path, Path(path).read_bytes()), Path(path).name
     for attempt in (1, 2, 3):
-        log(f"fetching Tiny Shakespeare (try {attempt} of 3)")
         try:
             return download_text(), f"Tiny Shakespeare ({TEXT_URL})"
         except Exception as error:  # refused, timed out, an error page, ...
-            log(f"  failed: {first_line(error)}")
+            log(f"Tiny Shakespeare, try {attempt} of 3: {first_line(error)}")
             time.sleep(1)
     return stand_in_text(), "stand-in: Python's language reference (pydoc_data.topics)"
 
@@ -230,7 +227,7 @@ def choose_text(path):
 def choose_tokenizer(wanted):
     """The tokenizer in a folder or on the hub, and its name; for None, SmolLM2's or a stand-in."""
     if wanted and os.path.exists(wanted):
-        return load_tokenizer(wanted), Path(os.path.realpath(wanted)).name
+        return load_tokenizer(wanted), Path(wanted).resolve().name
     name = wanted or TOKENIZER
     try:  # (what cannot be a name on the hub is not asked of it)
         return load_tokenizer(hub_folder(name)), name
@@ -288,28 +285,25 @@ def is_cuttable(backend):
 def encode(texts, backend):
     """Encodes texts on all cores, with a bar where it takes more than three seconds.
 
-    Returns two lists, with an entry for each text: its ids (uint16), and the place of the first
-    character that is lost, since no token has it (None: all are there)."""
+    Returns two lists, with an entry for each text: its ids (uint16), and what they decode to."""
     pattern = PIECES if is_cuttable(backend) else WHOLE
-    pieces = [(i, piece) for i, text in enumerate(texts) for piece in pattern.finditer(text)]
-    ids, lost = [[] for _ in texts], [None for _ in texts]
+    pieces = [(i, piece) for i, text in enumerate(texts) for piece in pattern.findall(text)]
+    ids, decoded = [[] for _ in texts], [[] for _ in texts]
     for first in tqdm(range(0, len(pieces), BATCH), leave=False, delay=3):
-        batch = pieces[first:first + BATCH]
-        parts = [piece[0] for _, piece in batch]
+        places, parts = zip(*pieces[first:first + BATCH])
         codes = backend.encode_batch_fast(parts, add_special_tokens=False)
-        decoded = backend.decode_batch([code.ids for code in codes], skip_special_tokens=False)
-        for (i, piece), code, back in zip(batch, codes, decoded):
+        backs = backend.decode_batch([code.ids for code in codes], skip_special_tokens=False)
+        for i, code, back in zip(places, codes, backs):
             ids[i].append(np.array(code.ids, dtype="<u2"))
-            if back != piece[0] and lost[i] is None:
-                same = len(os.path.commonprefix([piece[0], back]))
-                lost[i] = piece.start() + min(same, len(piece[0]) - 1)
-    return [np.concatenate(parts) for parts in ids], lost
+            decoded[i].append(back)
+    return [np.concatenate(parts) for parts in ids], ["".join(parts) for parts in decoded]
 
 
-def check_lost(name, text, place, allowed):
-    """Raises ValueError where a text's character at `place` is lost, unless that is allowed."""
-    if place is None:
+def check_decoded(name, text, decoded, allowed):
+    """Raises ValueError where a character of a text has no token, unless that is allowed."""
+    if decoded == text:
         return
+    place = min(len(os.path.commonprefix([text, decoded])), len(text) - 1)
     message = f"no token for U+{ord(text[place]):04X}, character {place:,} of {name}"
     if not allowed:
         raise ValueError(f"{message}; remove such characters, or --allow_unrepresentable")
@@ -493,8 +487,8 @@ def prepare(args):
         backend, facts = prepare_tokenizer(args, source, folder)
         end = int((1 - args.val_fraction) * len(text))  # by default nanoGPT's int(0.9 * len(text))
         sides = [text[:end], text[end:]]
-        for name, side, ids, lost in zip(("train", "val"), sides, *encode(sides, backend)):
-            check_lost(f"{source} ({name} side)", side, lost, args.allow_unrepresentable)
+        for name, side, ids, decoded in zip(("train", "val"), sides, *encode(sides, backend)):
+            check_decoded(f"{source} ({name} side)", side, decoded, args.allow_unrepresentable)
             if len(ids) < 2:
                 raise ValueError(f"{source} is too short: {len(ids)} tokens on the {name} side; "
                                  "give more, or another --val_fraction")

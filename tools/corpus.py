@@ -158,10 +158,10 @@ def write_documents(documents, folder, backend, eos, args):
         # hardly reads more than is taken.
         while batch := next_batch(documents, min(BATCH, limit - done)):
             texts = [text for _, text in batch]
-            for (name, text), ids, lost in zip(batch, *prepare.encode(texts, backend)):
+            for (name, text), ids, decoded in zip(batch, *prepare.encode(texts, backend)):
                 if done + len(ids) + 1 > limit:
                     return counts
-                prepare.check_lost(name, text, lost, args.allow_unrepresentable)
+                prepare.check_decoded(name, text, decoded, args.allow_unrepresentable)
                 side = "val" if is_held_out(text, args.val_fraction) else "train"
                 files[side].write(np.concatenate([ids, end]).tobytes())
                 counts[side].update(documents=1, tokens=len(ids) + 1, characters=len(text),
