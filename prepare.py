@@ -423,8 +423,7 @@ def command(program):
 
 def new_parser(program, description):
     """An argparse parser whose errors are one line."""
-    command = "python -m " if program.startswith("tools.") else "python "
-    parser = argparse.ArgumentParser(command + program, description=description, allow_abbrev=False,
+    parser = argparse.ArgumentParser(program, description=description, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = lambda problem: fail(
         program, problem.replace("one argument", "a value, as in --key=value"), 2)
@@ -515,8 +514,7 @@ written to  {out_dir}""")
 
 
 def print_next(out_dir):
-    option = "" if out_dir == DEFAULT_OUT_DIR else " " + shlex.quote(f"--data_dir={out_dir}")
-    print(f"next: python train.py config/smollm2.py{option}")
+    print(f"next: python train.py config/smollm2.py --data_dir={shlex.quote(out_dir)}")
 
 
 @command("prepare.py")
