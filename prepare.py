@@ -148,6 +148,7 @@ def open_tokenizer(folder):
 # ---- reading, downloading, and what stands in for a download ----
 
 SIGNATURES = [  # how a file begins that is no UTF-8 text, what it is, and what to do
+    ((b"\xff\xfe\0\0", b"\0\0\xfe\xff"), "UTF-32: iconv -f UTF-32 -t UTF-8 {} > new.txt"),
     ((b"\xff\xfe", b"\xfe\xff"), "UTF-16: iconv -f UTF-16 -t UTF-8 {} > new.txt"),
     (b"\x1f\x8b", "gzip: gunzip < {} > new.txt"),
     (b"%PDF", "PDF: pdftotext {} new.txt"),

@@ -250,7 +250,7 @@ def test_a_tokenizer_from_a_stranger_runs_no_code(run, stand_in):
 
 
 BEGINNINGS = {"PDF": b"%PDF-1.7", "zip": b"PK\3\4", "Parquet": b"PAR1", "xz": b"\xfd7zXZ",
-              "bzip2": b"BZh9", "Zstandard": b"\x28\xb5\x2f\xfd"}
+              "bzip2": b"BZh9", "Zstandard": b"\x28\xb5\x2f\xfd", "UTF-32": b"\xff\xfe\0\0"}
 
 
 @pytest.mark.parametrize("typed, code, words", [
