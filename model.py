@@ -490,7 +490,7 @@ def config_from_hf(hf):
     wrong += [f"{name} = True" for name in ("attention_bias", "mlp_bias") if found.get(name)]
     wrong += [f"{f.name} is missing" for f in fields(SmolLM2Config) if found.get(f.name) is None]
     if not wrong:
-        config = SmolLM2Config(**{f.name: found[f.name] for f in fields(SmolLM2Config)})
+        config = SmolLM2Config(**{f.name: f.type(found[f.name]) for f in fields(SmolLM2Config)})
         if found.get("head_dim", config.head_dim) == config.head_dim:
             return config
         wrong.append(f"head_dim = {found['head_dim']} (only hidden_size / num_attention_heads)")

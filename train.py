@@ -92,6 +92,8 @@ class TrainConfig(SmolLM2Config):
     deterministic: bool = key(True, "the same bits in every run; costs speed on a GPU", free=True)
 
 
+RANK = int(os.environ.get("RANK", 0))  # which of WORLD_SIZE processes this is, by torchrun
+WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
 KEYS = {f.name: f for f in fields(TrainConfig)}
 SIZES = [f.name for f in fields(SmolLM2Config) if f.name != "initializer_range"]
 
@@ -117,8 +119,8 @@ def get_batch(run):
 
     A function of the seed and of the sequences seen before, so that nothing can shift it."""
     ids, T, machine = run.data.train, run.config.block_size, run.machine
-    share = run.config.batch_size // machine.world_size
-    first = run.sequence + machine.rank * share
+    share = run.config.batch_size // WORLD_SIZE
+    first = run.sequence + RANK * share
     rows = []
     for i in range(first, first + share):
         epochs, block = divmod(i, blocks_per_epoch(len(ids), T))  # it may reach into the next epoch
@@ -234,17 +236,25 @@ def set_rates(optimizers, factor):
             group["lr"] = group["peak_lr"] * factor
 
 
-def train_step(run, batch, stop=None):
+def sum_of_all(number, device):
+    """A number, added up over all processes."""
+    if WORLD_SIZE == 1:
+        return number
+    total = torch.tensor(number, device=device)
+    dist.all_reduce(total)
+    return total.item()
+
+
+def train_step(run, batch):
     """One optimizer step on this process's part of a batch.
 
     Returns the mean loss over all processes, nats a token, and the gradient's norm before
-    clipping. Raises FloatingPointError before anything is changed if they are not finite. Several
-    processes also agree whether to stop after this step, all of them (see Stop)."""
+    clipping. Raises FloatingPointError before anything is changed if they are not finite."""
     machine, size = run.machine, run.config.micro_batch_size or len(batch[0])
     parts = list(zip(batch[0].split(size), batch[1].split(size)))
     loss = torch.zeros((), device=machine.device)
     for i, (x, y) in enumerate(parts):
-        waits = machine.world_size > 1 and i < len(parts) - 1  # gradients are averaged once a step
+        waits = WORLD_SIZE > 1 and i < len(parts) - 1  # gradients are averaged once a step
         with run.net.no_sync() if waits else nullcontext():
             with machine.autocast:
                 _, part = run.net(x, y)
@@ -253,16 +263,13 @@ def train_step(run, batch, stop=None):
     for optimizer in run.optimizers.values():
         run.scaler.unscale_(optimizer)
     norm = torch.nn.utils.clip_grad_norm_(run.parameters, run.config.grad_clip or math.inf)
-    if machine.world_size > 1:
-        asked = torch.full_like(loss, stop.signum is not None)
-        shared = torch.stack((loss / machine.world_size, asked))
-        dist.all_reduce(shared)
-        loss, stop.asked = shared[0], shared[1].item() > 0  # all stop after the same step
-    loss, norm = loss.item(), norm.item()
+    loss, norm = sum_of_all(loss.item() / WORLD_SIZE, machine.device), norm.item()
     # In fp16 a gradient that overflows is no failure: the step is skipped, the scale lowered.
     is_skipped = run.scaler.is_enabled() and not math.isfinite(norm)
     if not math.isfinite(loss) or not (math.isfinite(norm) or is_skipped):
-        raise FloatingPointError(f"the loss is {loss} and the gradient norm {norm}")
+        raise FloatingPointError(f"in step {run.step + 1} the loss is {loss} and the gradient norm "
+                                 f"{norm}: stopped before the weights were changed. Try a lower "
+                                 "--learning_rate")
     for optimizer in run.optimizers.values():
         if not is_skipped:
             run.scaler.step(optimizer)
@@ -276,9 +283,9 @@ def evaluate(run):
     """The mean loss, nats a token, of the held-out ids, each once, in fixed windows of T."""
     config, machine, ids = run.config, run.machine, run.data.val
     n, T = min(len(ids) - 1, config.eval_tokens), config.block_size
-    B = config.micro_batch_size or config.batch_size // machine.world_size
-    total = torch.zeros((), dtype=torch.float64)
-    for first in range(machine.rank * B * T, n, machine.world_size * B * T):
+    B = config.micro_batch_size or config.batch_size // WORLD_SIZE
+    total = 0.0
+    for first in range(RANK * B * T, n, WORLD_SIZE * B * T):
         x = torch.zeros(B * T, dtype=torch.long)  # one shape for all:
         y = torch.full((B * T,), -100)  # what no id fills does not count
         window = torch.from_numpy(ids[first:min(first + B * T, n) + 1].astype(np.int64))
@@ -286,10 +293,7 @@ def evaluate(run):
         with machine.autocast:
             _, loss = run.net(x.view(B, T).to(machine.device), y.view(B, T).to(machine.device))
         total += loss.item() * (len(window) - 1)
-    if machine.world_size > 1:
-        total = total.to(machine.device, torch.float32)
-        dist.all_reduce(total)
-    return total.item() / n
+    return sum_of_all(total, machine.device) / n
 
 
 def write_sample(run):
@@ -321,13 +325,13 @@ def is_due(step, interval):
 
 
 def train(run, log, stop):
-    """From run.step to max_steps, or to the end of the step in which a stop is asked for."""
+    """From run.step to max_steps, or to the end of the step in which a signal came."""
     config = run.config
-    while run.step < config.max_steps and not stop.asked:
+    while run.step < config.max_steps and not sum_of_all(stop.signum, run.machine.device):
         began = time.perf_counter()
         factor = lr_factor(config, run.step)
         set_rates(run.optimizers, factor)
-        loss, norm = train_step(run, get_batch(run), stop)
+        loss, norm = train_step(run, get_batch(run))
         run.advance()
         seconds = time.perf_counter() - began
         run.seconds += seconds
@@ -336,11 +340,9 @@ def train(run, log, stop):
                "tokens": run.tokens, "seconds": run.seconds,
                "tokens_per_sec": config.batch_size * config.block_size / seconds}
 
-        is_best = False
         if is_due(run.step, config.eval_interval):
             row["val_loss"] = evaluate(run)
-            is_best = run.best is None or row["val_loss"] < run.best["val_loss"]
-            if is_best:
+            if not run.best or row["val_loss"] < run.best["val_loss"]:
                 run.best = {"step": run.step, "val_loss": row["val_loss"]}
         if log:  # (of several processes only the first one has it)
             log.step(row, run)
@@ -348,11 +350,13 @@ def train(run, log, stop):
                 show(f"--- sample at step {run.step}\n{write_sample(run)}\n---")
 
         # A best step is saved between two checkpoints, too, if the run makes checkpoints at all.
-        is_best = is_best and config.checkpoint_interval > 0
+        is_best = run.best and run.best["step"] == run.step and config.checkpoint_interval > 0
         if is_best or is_due(run.step, config.checkpoint_interval):
             save(run, log)
     if run.saved_step != run.step:
         save(run, log)
+    if log:
+        log.bar.close()
 
 
 class Run:
@@ -373,9 +377,9 @@ class Run:
         self.seconds = 0.0  # spent in steps
         self.best = None  # {"step", "val_loss"} of the lowest held-out loss
         self.saved_step = None  # the step that is on the disk
-        random.seed(config.seed + machine.rank)
-        np.random.seed((config.seed + machine.rank) % 2**32)
-        torch.manual_seed(config.seed + machine.rank)
+        random.seed(config.seed + RANK)
+        np.random.seed((config.seed + RANK) % 2**32)
+        torch.manual_seed(config.seed + RANK)
 
     def advance(self):
         """Counts a step: the next batch begins where this one ended, whatever its size."""
@@ -404,8 +408,8 @@ class Run:
             optimizer.load_state_dict({**state[name], "param_groups": groups})
         if state["scaler"]:  # it is empty but after fp16
             self.scaler.load_state_dict(state["scaler"])
-        if len(state["rng"]) == self.machine.world_size:
-            set_rng_state(state["rng"][self.machine.rank])
+        if len(state["rng"]) == WORLD_SIZE:
+            set_rng_state(state["rng"][RANK])
         is_other_text = state["data"]["train"] != self.data.fingerprint()["train"]
         if is_other_text or state["config"]["block_size"] != self.config.block_size:
             self.epoch += self.sequence > 0  # a place among other blocks: a new epoch begins
@@ -420,7 +424,7 @@ class Run:
 
 def show(text, file=None):
     """Prints above the progress bar; of several processes only the first one does."""
-    if os.environ.get("RANK", "0") == "0":
+    if RANK == 0:
         tqdm.write(text, file=file)
 
 
@@ -472,11 +476,8 @@ class Log:
 class Stop:
     """The first SIGINT, SIGTERM or SIGHUP asks for a stop after the step; a second Ctrl-C leaves.
 
-    asked: this process, or (agreed on in a step) all of several, will stop."""
-
-    def __init__(self):
-        self.asked, self.signum = False, None
-        self.alone = os.environ.get("WORLD_SIZE", "1") == "1"
+    Where one of several processes got one, all stop after the same step (see train)."""
+    signum = 0  # the first one
 
     def listen(self):
         for signum in (signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)):
@@ -484,14 +485,13 @@ class Stop:
                 signal.signal(signum, self.handle)
 
     def handle(self, signum, frame):
-        if self.signum and signum == signal.SIGINT and self.alone:  # torchrun repeats it by itself
+        if self.signum and signum == signal.SIGINT and WORLD_SIZE == 1:  # (torchrun repeats it)
             os._exit(128 + signum)
         if not self.signum:
             text = b"\ntrain.py: finishing the step, then saving (Ctrl-C again leaves at once)\n"
             with suppress(OSError):  # whoever read it may be gone
                 os.write(2, text)
         self.signum = self.signum or signum
-        self.asked = self.asked or self.alone
 
 
 # -------------------------------------------------------------------------------------- checkpoints
@@ -602,6 +602,14 @@ def hint_of_best(folder, state):
     return f" (the held-out loss was lowest at step {best['step']}: --checkpoint {path})"
 
 
+def of_all(thing):
+    """What each process has of a thing, in a list."""
+    things = [thing] * WORLD_SIZE
+    if WORLD_SIZE > 1:
+        dist.all_gather_object(things, thing)
+    return things
+
+
 def rng_state():
     """The states of all random generators of this process, as tensors and plain values."""
     name, keys, *rest = np.random.get_state()
@@ -620,11 +628,8 @@ def set_rng_state(state):
 
 def save(run, log):
     """Writes a checkpoint, then deletes all but keep_checkpoints of the newest, and the best."""
-    rng = [rng_state()]
-    if run.machine.world_size > 1:
-        rng = [None] * run.machine.world_size
-        dist.all_gather_object(rng, rng_state())
-    if run.machine.rank == 0:
+    rng = of_all(rng_state())
+    if RANK == 0:
         out = Path(run.config.out_dir)
         os.fsync(log.metrics.fileno())  # before a checkpoint says that these steps are done
         write_checkpoint(out / f"step_{run.step:06d}.pt", {**run.state(), "rng": rng})
@@ -648,8 +653,6 @@ class Machine:
     compile: bool
     deterministic: bool = True
     reason: str = ""  # why these
-    rank: int = 0
-    world_size: int = 1
 
     @property
     def autocast(self):
@@ -666,12 +669,11 @@ class Machine:
         return {"torch": str(torch.__version__), **versions, "compile": self.compile,
                 "device": f"{self.device.type} ({name})", "dtype": str(self.dtype)[6:],
                 "deterministic": self.deterministic, "threads": torch.get_num_threads(),
-                "processes": self.world_size}
+                "processes": WORLD_SIZE}
 
 
 def set_up_machine(config):
     """Chooses device, dtype and compilation, joins the other processes, makes sums repeatable."""
-    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     try:
         device, dtype, reason = pick_device(config.device, config.dtype)
     except ValueError as e:
@@ -683,15 +685,13 @@ def set_up_machine(config):
             torch.set_float32_matmul_precision("high")  # TF32, for the little that is not half
     if device.type == "cpu":
         keep_freed_memory()
-    if world_size > 1:
-        store, patience = None, timedelta(minutes=30)  # the first process may be preparing data
-        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
-            # torchrun's store outlives a restart, with the addresses of the dead (pytorch #135712).
-            address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-            store = dist.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"],
-                                     dist.TCPStore(address, port, timeout=patience))
-        dist.init_process_group("nccl" if on_gpu else "gloo", store=store, rank=rank,
-                                world_size=world_size, timeout=patience,
+    if WORLD_SIZE > 1:
+        patience = timedelta(minutes=30)  # the first process may be preparing data
+        store, *_ = next(dist.rendezvous("env://", timeout=patience))
+        # torchrun's store outlives a restart, with the addresses of the dead (pytorch #135712).
+        store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", ""), store)
+        dist.init_process_group("nccl" if on_gpu else "gloo", store=store, rank=RANK,
+                                world_size=WORLD_SIZE, timeout=patience,
                                 device_id=device if on_gpu else None)
     if config.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -701,7 +701,7 @@ def set_up_machine(config):
     problem = compiler_problem(device) if config.compile else "as asked"
     compiled = f"not compiled ({problem})" if problem else "compiled"
     return Machine(device, dtype, problem is None, config.deterministic,
-                   f"{str(dtype)[6:]} ({reason}), {compiled}", rank, world_size)
+                   f"{str(dtype)[6:]} ({reason}), {compiled}")
 
 
 # --------------------------------------------------------------------------------- the command line
@@ -785,7 +785,7 @@ def parse_args(argv):
     return {name: getattr(args, name) for name in KEYS if hasattr(args, name)}, typed, args
 
 
-def check(config, world_size):
+def check(config, world_size=WORLD_SIZE):
     """Ends the program, naming all values that do not fit each other."""
     c, share = config, config.batch_size // world_size
     rules = {
@@ -860,10 +860,10 @@ def open_data(config, typed, state, machine):
     folder = Path(config.data_dir)
     is_missing = not (folder / "meta.json").exists()
     try:
-        if is_missing and machine.rank == 0 and folder == Path(prepare.DEFAULT_OUT_DIR):
+        if is_missing and RANK == 0 and folder == Path(prepare.DEFAULT_OUT_DIR):
             show(f"{folder} is missing: preparing it")
             prepare.prepare(prepare.parse_args([]))
-        if machine.world_size > 1:
+        if WORLD_SIZE > 1:
             dist.barrier()
         data = prepare.open_data(folder)
     except FileNotFoundError:
@@ -921,7 +921,7 @@ def set_up(out, source, overrides, typed):
         if Path(config.init_from).is_dir():  # elsewhere its name could be one of the hub's
             config = replace(config, init_from=str(Path(config.init_from).resolve()))
     config = replace(config, lr_decay_steps=config.lr_decay_steps or config.max_steps)
-    check(config, int(os.environ.get("WORLD_SIZE", "1")))
+    check(config)
     if state and state["step"] >= config.max_steps:
         show(f"the run is finished: step {state['step']} of {config.max_steps}. Longer: "
              f"{resume_command(out)} --max_steps={state['step'] + 1000}")
@@ -936,19 +936,17 @@ def set_up(out, source, overrides, typed):
             run.load(state)
         except Exception as e:  # a stranger's file can be wrong in any way
             fail(f"the checkpoint does not hold a run: {e!r}")
-    if machine.world_size > 1:
-        mine = (run.step, data.fingerprint(), {**asdict(config), "out_dir": "", "data_dir": ""})
-        starts = [None] * machine.world_size
-        dist.all_gather_object(starts, mine)
-        if starts != [mine] * machine.world_size:
-            fail(f"the processes are at steps {[step for step, *_ in starts]}, or their data or "
-                 "settings differ: every machine needs the same command, data_dir and (to resume) "
-                 "out_dir")
+    mine = (run.step, data.fingerprint(), {**asdict(config), "out_dir": "", "data_dir": ""})
+    starts = of_all(mine)
+    if starts != [mine] * WORLD_SIZE:
+        fail(f"the processes are at steps {[step for step, *_ in starts]}, or their data or "
+             "settings differ: every machine needs the same command, data_dir and (to resume) "
+             "out_dir")
     if machine.compile:
-        is_one_pass = machine.world_size == 1 and config.micro_batch_size in (0, config.batch_size)
+        is_one_pass = WORLD_SIZE == 1 and config.micro_batch_size in (0, config.batch_size)
         tokens = config.batch_size * config.block_size if is_one_pass else None
         run.model.compile_for_training(tokens)
-    if machine.world_size > 1:
+    if WORLD_SIZE > 1:
         run.net = DistributedDataParallel(run.model, gradient_as_bucket_view=True)
     return run
 
@@ -992,7 +990,7 @@ def show_banner(run):
     epochs = config.max_steps * B / blocks_per_epoch(len(data.train), T)
     stand_in = f", STAND-IN {meta['stand_in']}" if meta["stand_in"] else ""
     show(f"""\
-device   {machine.device}, threads {torch.get_num_threads()}, processes {machine.world_size}, \
+device   {machine.device}, threads {torch.get_num_threads()}, processes {WORLD_SIZE}, \
 {machine.reason}
 data     {data.folder}{stand_in}: {len(data.train):,} training and {len(data.val):,} held-out tokens
          of {meta['source']}
@@ -1016,18 +1014,17 @@ def main(argv=None):
     # Nothing that is printed can end a run: a closed pipe or a full disk loses lines, not steps.
     sys.stdout, sys.stderr = prepare.Unbreakable(sys.stdout), prepare.Unbreakable(sys.stderr)
     overrides, typed, args = parse_args(sys.argv[1:] if argv is None else list(argv))
-    is_first = os.environ.get("RANK", "0") == "0"
-    stop, log, run = Stop(), None, None
+    stop, log = Stop(), None
     out, source = find_run(overrides, args)
     again = resume_command(out)
     is_new = not out.exists()
     lock = filelock.FileLock(out / ".lock", timeout=0)  # until this process ends, however it ends
     try:
-        if is_first and out.exists():
+        if RANK == 0 and out.exists():
             lock.acquire()
         run = set_up(out, source, overrides, typed)
         stop.listen()
-        if is_first:
+        if RANK == 0:
             out.mkdir(parents=True, exist_ok=True)
             lock.acquire()
             set_up_folder(out, run)
@@ -1036,14 +1033,9 @@ def main(argv=None):
         train(run, log, stop)
     except filelock.Timeout:
         fail(f"another process is training in {out}: wait for it, or choose another --out_dir")
-    except FloatingPointError as e:
-        newest = (checkpoints(out) or ["none"])[-1]
-        fail(f"in step {run.step + 1} {e}: stopped before the weights were changed. Last good "
-             f"checkpoint: {newest}. Try a lower --learning_rate")
-    except OSError as e:
-        where = f": {e.filename}" if e.filename else ""
-        what_next = f". The checkpoints in {out} are whole: {again} continues from the newest"
-        fail(f"{e.strerror or e}{where}{what_next if checkpoints(out) else ''}")
+    except (FloatingPointError, OSError) as e:
+        what_next = [f". {path} is whole: {again} continues from it" for path in checkpoints(out)]
+        fail(f"{e}{''.join(what_next[-1:])}")
     except (MemoryError, RuntimeError) as e:
         if stop.signum:  # Ctrl-C reaches the C++ compiler, too, and torchrun ends other processes
             fail(f"stopped within a step; {again} continues from the checkpoint before",
@@ -1056,20 +1048,19 @@ def main(argv=None):
             with suppress(OSError):
                 (out / ".lock").unlink()  # before the release: then nobody else can hold it
             lock.release()
-        if is_first and is_new:
+        if RANK == 0 and is_new:
             with suppress(OSError):
                 out.rmdir()  # of a start that failed: if there is anything in it, it stays
-        if log:
-            log.bar.close()
-    code = 128 + (stop.signum or signal.SIGTERM) if stop.asked else 0
+    code = 0
     written = f"{out / f'step_{run.step:06d}.pt'} is written{hint_of_best(out, run.state())}"
-    if code:
+    if run.step < run.config.max_steps:
+        code = 128 + (stop.signum or signal.SIGTERM)  # (of another process)
         show(f"stopped at step {run.step}; {written}. Resume with: {again}")
     else:
         option = "" if out == Path("out") else f" --checkpoint {shlex.quote(str(out))}"
         show(f"done at step {run.step}; {written}. "
              f"Next: python sample.py --prompt \"ROMEO:\"{option}")
-    if run.machine.world_size > 1:
+    if WORLD_SIZE > 1:
         # An ending process waits for gloo's threads, which wait for Python: it would hang, or abort
         # (pytorch #190489).
         dist.barrier()
