@@ -11,7 +11,6 @@ import ast
 import difflib
 import errno
 import hashlib
-import importlib.metadata
 import json
 import math
 import os
@@ -40,7 +39,6 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils import collect_env
 from tqdm import tqdm
 
 from model import (SmolLM2, SmolLM2Config, compiler_problem, from_pretrained, generate,
@@ -89,7 +87,7 @@ class TrainConfig(SmolLM2Config):
     dtype: str = key("auto", "of the products; weights and optimizer stay float32", free=True,
                      choices=("auto", "float32", "bfloat16", "float16"))
     compile: bool = key(True, "torch.compile, where it works", free=True)
-    deterministic: bool = key(True, "the same bits in every run; costs speed on a GPU", free=True)
+    deterministic: bool = key(True, "the same bits in every run; costs speed on a GPU")
 
 
 RANK = int(os.environ.get("RANK", 0))  # which of WORLD_SIZE processes this is, by torchrun
@@ -434,7 +432,7 @@ class Log:
     def __init__(self, run):
         self.first_step = run.step + 1
         self.bar = tqdm(total=run.config.max_steps, initial=run.step, dynamic_ncols=True,
-                        disable=not sys.stderr.isatty(), bar_format="{percentage:3.0f}%|{bar}| "
+                        disable=None, bar_format="{percentage:3.0f}%|{bar}| "  # None: no terminal
                         "{n_fmt}/{total_fmt}, {remaining} left{postfix}")
         self.metrics = open(Path(run.config.out_dir, "metrics.jsonl"), "a+b", buffering=0)
         size = self.metrics.seek(0)
@@ -514,7 +512,7 @@ def digest(raw):
 
 def write_checkpoint(path, state):
     """Writes under a temporary name, flushes to disk, renames: the file is whole or not there."""
-    temporary = path.with_suffix(".tmp")
+    temporary = path.with_name("checkpoint.tmp")  # the next save overwrites what a kill left
     with open(temporary, "w+b") as f:
         try:
             torch.save(state, f)
@@ -532,31 +530,26 @@ def read_checkpoint(path, **kwargs):
     """The dict of a checkpoint, on the CPU. Raises ValueError where it is damaged or is none.
 
     weights_only: a file from a stranger can hold tensors and plain values, and runs no code."""
-    with open(path, "rb") as f:
-        size = os.fstat(f.fileno()).st_size
-        raw = np.memmap(f, np.uint8, "r") if size > TAIL else np.zeros(TAIL, np.uint8)
+    is_long = path.stat().st_size > TAIL
+    raw = np.memmap(path, np.uint8, "r") if is_long else np.zeros(TAIL, np.uint8)
     if raw[-TAIL:].tobytes() != DIGEST_MARK + digest(raw[:-TAIL]):
         raise ValueError(f"{path} is damaged, or not of this train.py (its sha256 does not fit)")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True, **kwargs)
-        for name, value in state["config"].items():
-            check_type(name, value, KEYS[name].type if name in KEYS else None)
         with torch.device("meta"):
             model = SmolLM2(TrainConfig(**state["config"]))
         # Raises for other names or shapes. (Of a copy: torch leaves a note on what it assigns.)
         model.load_state_dict(dict(state["model"]), assign=True)
-        plain = {**state, **state["data"], **(state["best"] or {"val_loss": 0.0})}
-        for name, kind in CONTENT.items():
-            check_type(name, plain[name], kind)
+        types = {**CONTENT, **{name: KEYS[name].type for name in state["config"]}}
+        best = state["best"] or {"val_loss": 0.0}
+        found = {**state, **state["data"], **state["config"], **best}
+        for name, kind in types.items():
+            if type(found[name]) is not kind or kind is int and found[name] < 0:
+                raise TypeError(f"{name} = {found[name]!r:.60}")
     except Exception as e:  # a stranger's file can be wrong in any way
         raise ValueError(f"{path} is refused: no checkpoint of this train.py, or one that could "
                          f"run code: {prepare.first_line(e)}") from e
     return state
-
-
-def check_type(name, value, kind):
-    if type(value) is not kind or kind is int and value < 0:
-        raise TypeError(f"{name} = {value!r:.60}")
 
 
 def step_of(path):
@@ -651,25 +644,21 @@ class Machine:
     device: torch.device
     dtype: torch.dtype
     compile: bool
-    deterministic: bool = True
     reason: str = ""  # why these
 
     @property
     def autocast(self):
         is_half = self.dtype != torch.float32
-        return torch.autocast(self.device.type, self.dtype) if is_half else nullcontext()
+        return torch.autocast(self.device.type, self.dtype, enabled=is_half)
 
     def fingerprint(self):
         """What the bits of a run depend on, besides its config and its data."""
-        name, versions = torch.backends.cpu.get_cpu_capability(), {}
+        name = torch.backends.cpu.get_cpu_capability()
         if self.device.type == "cuda":
             name = torch.cuda.get_device_name(self.device)
-            versions = {"cuda": torch.version.cuda, "triton": importlib.metadata.version("triton"),
-                        "driver": collect_env.get_nvidia_driver_version(collect_env.run)}
-        return {"torch": str(torch.__version__), **versions, "compile": self.compile,
+        return {"torch": str(torch.__version__), "compile": self.compile,  # (it tells of CUDA, too)
                 "device": f"{self.device.type} ({name})", "dtype": str(self.dtype)[6:],
-                "deterministic": self.deterministic, "threads": torch.get_num_threads(),
-                "processes": WORLD_SIZE}
+                "threads": torch.get_num_threads(), "processes": WORLD_SIZE}
 
 
 def set_up_machine(config):
@@ -700,8 +689,7 @@ def set_up_machine(config):
         torch.utils.deterministic.fill_uninitialized_memory = False
     problem = compiler_problem(device) if config.compile else "as asked"
     compiled = f"not compiled ({problem})" if problem else "compiled"
-    return Machine(device, dtype, problem is None, config.deterministic,
-                   f"{str(dtype)[6:]} ({reason}), {compiled}")
+    return Machine(device, dtype, problem is None, f"{str(dtype)[6:]} ({reason}), {compiled}")
 
 
 # --------------------------------------------------------------------------------- the command line
@@ -711,7 +699,7 @@ fail = partial(prepare.fail, "train.py")  # code 1; 2 for what the user typed
 
 def read_value(f, text):
     """text in the type of the config's field f. Raises argparse.ArgumentTypeError."""
-    kind, choices, value = f.type, f.metadata.get("choices"), None
+    kind, value = f.type, None
     with suppress(KeyError, ValueError, OverflowError):
         if kind is bool:
             value = {"true": True, "1": True, "false": False, "0": False}[text.lower()]
@@ -721,8 +709,6 @@ def read_value(f, text):
             value = os.path.expanduser(text)
     if value is None:
         problem = f"expected {kind.__name__}"
-    elif choices and value not in choices:
-        problem = f"expected one of {', '.join(choices)}"
     elif not value and kind is not bool and not f.metadata.get("zero"):
         problem = "must not be empty" if kind is str else "must be more than 0"
     elif kind in (int, float) and not 0 <= value < 2**48:  # (not true of nan, too)
@@ -737,20 +723,19 @@ def read_recipe(path):
     warnings.simplefilter("ignore", SyntaxWarning)  # what is wrong is said below, in one line
     try:
         tree = ast.parse(Path(path).read_text(encoding="utf-8"))
-    except OSError as e:
+    except (OSError, SyntaxError, ValueError, RecursionError, MemoryError) as e:
         hint = f"; did you mean --{path}?" if "=" in path else ""
-        fail(f"cannot read the recipe {path}: {e.strerror}{hint}", 2)
-    except (SyntaxError, ValueError, RecursionError, MemoryError) as e:
-        fail(f"the recipe {path} is not Python: {e}", 2)
+        fail(f"cannot read the recipe {path}: {prepare.first_line(e)}{hint}", 2)
     words = []
     for node in tree.body:
-        value, targets = getattr(node, "value", None), getattr(node, "targets", [])
-        if isinstance(node, ast.Expr) and isinstance(value, ast.Constant):
-            continue  # a docstring
-        if not isinstance(value, ast.Constant) or [type(t) for t in targets] != [ast.Name]:
-            fail(f"{path}, line {node.lineno}: a recipe holds plain assignments only, like "
-                 "batch_size = 4", 2)
-        words.append(f"--{targets[0].id}={value.value}")
+        match node:
+            case ast.Assign([ast.Name(name)], ast.Constant(value)):
+                words.append(f"--{name}={value}")
+            case ast.Expr(ast.Constant()):
+                pass  # a docstring
+            case _:
+                fail(f"{path}, line {node.lineno}: a recipe holds plain assignments only, like "
+                     "batch_size = 4", 2)
     return words
 
 
@@ -759,13 +744,13 @@ def parse_args(argv):
     those that argv sets; the other flags."""
     parser = prepare.new_parser("train.py", __doc__)
     parser.add_argument("recipe", nargs="?", help="a file of plain assignments to the keys below")
-    parser.add_argument("--resume", nargs="?", const=True, metavar="PATH", help="resume from the "
-                        "newest checkpoint in out_dir or the folder PATH, or from the file PATH; "
-                        "auto: if there is one")
+    parser.add_argument("--resume", nargs="?", const=True, type=prepare.typed_path,
+                        metavar="PATH", help="resume from the newest checkpoint in out_dir or the "
+                        "folder PATH, or from the file PATH; auto: if there is one")
     group = parser.add_argument_group("keys, here or in a recipe")
     for f in KEYS.values():
         group.add_argument(f"--{f.name}", type=partial(read_value, f), default=argparse.SUPPRESS,
-                           metavar=f.type.__name__.upper(),
+                           choices=f.metadata.get("choices"), metavar=f.type.__name__.upper(),
                            help=f"{f.metadata['help']} [{f.default}]")
     args, rest = parser.parse_known_args(argv)
     typed = vars(args).keys()
@@ -775,13 +760,9 @@ def parse_args(argv):
     if rest:
         name = rest[0].lstrip("-").partition("=")[0]
         near = difflib.get_close_matches(name, KEYS, 1) or ["help"]
-        is_key = rest[0].startswith("-") or "=" in rest[0]
-        hint = f"did you mean --{near[0]}?" if is_key else "after a recipe come --key=value"
-        fail(f"there is no option {rest[0]}: {hint}", 2)
+        fail(f"there is no option {rest[0]}: did you mean --{near[0]}?", 2)
     if str(args.resume).endswith(".py"):
         fail(f"--resume {args.resume}: that is a recipe; write train.py {args.resume} --resume", 2)
-    if args.resume == "":
-        fail("--resume: the path after it is empty", 2)
     return {name: getattr(args, name) for name in KEYS if hasattr(args, name)}, typed, args
 
 
@@ -815,10 +796,9 @@ def find_run(overrides, args):
     out = Path(overrides.get("out_dir", TrainConfig.out_dir))
     source = out if args.resume in (True, "auto") else None
     if args.resume and not source:
-        source = Path(args.resume).expanduser()
-        folder = source if source.is_dir() else source.parent
-        if not source.exists() and source.name != "best":
-            fail(f"--resume={source}: there is no such file or folder", 2)
+        source = Path(args.resume)
+        is_in_folder = source.suffix == ".pt" or source.name == "best"
+        folder = source.parent if is_in_folder else source
         if "out_dir" in overrides and folder.resolve() != out.resolve():
             fail(f"--resume={source} continues in {folder}, not in out_dir = {out}: give one", 2)
         out = folder
@@ -832,27 +812,37 @@ def find_run(overrides, args):
 
 
 def load_run(out, source, overrides):
-    """(config, state): state is the checkpoint's dict, or None where a run is to start."""
-    if source is None and checkpoints(out):
+    """(config, model, state): model has the weights of init_from, state is a checkpoint's dict;
+    None where there is no such thing to begin from."""
+    base, model, state, fixed = TrainConfig(), None, None, []
+    if source:
+        try:
+            source, state = load_checkpoint(source)
+        except FileNotFoundError as e:
+            fail(f"--resume: {e}; python train.py config/smollm2.py starts a run", 2)
+        except ValueError as e:
+            fail(f"{e}: start a run in another --out_dir")
+        base, fixed = TrainConfig(**state["config"]), [*SIZES, "optimizer"]
+        show(f"resuming from {source} (step {state['step']})")
+    elif checkpoints(out):
         fail(f"{out} holds a run: continue it by --resume, choose another --out_dir, or delete it: "
              f"rm -r -- {shlex.quote(str(out))}", 2)
-    if source is None:
-        return TrainConfig(**overrides), None
-    try:
-        path, state = load_checkpoint(source)
-    except FileNotFoundError as e:
-        fail(f"--resume: {e}; python train.py config/smollm2.py starts a run", 2)
-    except ValueError as e:
-        fail(f"{e}: start a run in another --out_dir")
-    old = TrainConfig(**state["config"])
-    config = replace(old, **{**overrides, "out_dir": str(out)})
-    for name in (*SIZES, "optimizer"):
-        value, was = getattr(config, name), getattr(old, name)
+    elif source := overrides.get("init_from"):
+        try:
+            model = from_pretrained(source)
+        except ValueError as e:
+            fail(f"init_from: {e}")
+        base, fixed = TrainConfig(**asdict(model.config)), SIZES
+        if Path(source).is_dir():  # elsewhere its name could be one of the hub's
+            overrides = {**overrides, "init_from": str(Path(source).resolve())}
+    config = replace(base, **{**overrides, "out_dir": str(out)})
+    for name in fixed:
+        value, was = getattr(config, name), getattr(base, name)
         if value != was:
-            fail(f"{path} holds a run with {name} = {was}, not {value}: leave it out, or start a "
-                 "run in another --out_dir")
-    show(f"resuming from {path} (step {state['step']})")
-    return config, state
+            fail(f"{source} has {name} = {was}, not {value}: leave it out, or start another run in "
+                 "another --out_dir")
+    config.lr_decay_steps = config.lr_decay_steps or config.max_steps
+    return config, model, state
 
 
 def open_data(config, typed, state, machine):
@@ -872,10 +862,10 @@ def open_data(config, typed, state, machine):
              f"prepare.py --input FILE --out_dir {shlex.quote(config.data_dir)}", 2)
     except ValueError as e:
         fail(f"{e}; make the data again with prepare.py")
-    largest, n, T = data.meta["vocab_size"] - 1, len(data.train), config.block_size
-    if largest >= config.vocab_size:
-        fail(f"{folder} has ids up to {largest}, but vocab_size = {config.vocab_size}: raise it, "
-             "or prepare with another tokenizer")
+    needed, n, T = data.meta["vocab_size"], len(data.train), config.block_size
+    if needed > config.vocab_size:
+        fail(f"{folder} needs vocab_size = {needed}, not {config.vocab_size}: raise it, or prepare "
+             "with another tokenizer")
     if n <= T or len(data.val) < 2:
         fail(f"{folder} has {n} training tokens, but block_size = {T} needs {T + 1}: lower it, or "
              "prepare more text")
@@ -890,15 +880,17 @@ def open_data(config, typed, state, machine):
     return data
 
 
+def conditions(state):
+    """What the bits of a run depend on, as a checkpoint's dict tells it."""
+    config = asdict(TrainConfig(**state["config"]))  # (a key that is new since has its default)
+    fixed = {name: config[name] for name, f in KEYS.items() if not f.metadata.get("free")}
+    return {**fixed, **state["machine"], "data": state["data"]["train"]}
+
+
 def report_changes(state, run):
     """Says what is no longer as the checkpoint had it, so that the bits cannot be the same."""
-    fixed = [name for name, f in KEYS.items() if not f.metadata.get("free")]
-    then = TrainConfig(**state["config"])  # (a key that is new since has its default)
-    old = {name: getattr(then, name) for name in fixed}
-    now = {name: getattr(run.config, name) for name in fixed}
-    old |= {**state["machine"], "data": state["data"]["train"]}
-    now |= {**run.machine.fingerprint(), "data": run.data.fingerprint()["train"]}
-    changes = [f"{name} {old.get(name)} → {value}" for name, value in now.items()
+    old, new = conditions(state), conditions(run.state())
+    changes = [f"{name} {old.get(name)} → {value}" for name, value in new.items()
                if old.get(name) != value]
     if changes:
         show(f"no longer the same run to the bit, since these differ: {', '.join(sorted(changes))}")
@@ -906,21 +898,7 @@ def report_changes(state, run):
 
 def set_up(out, source, overrides, typed):
     """The Run that the loop needs, as the checkpoint left it."""
-    config, state = load_run(out, source, overrides)
-    model = None
-    if config.init_from and not state:
-        try:
-            model = from_pretrained(config.init_from)
-        except ValueError as e:
-            fail(f"init_from: {e}")
-        sizes = {name: getattr(model.config, name) for name in SIZES}
-        for name in SIZES:
-            if overrides.get(name, sizes[name]) != sizes[name]:
-                fail(f"{name} = {overrides[name]}: init_from has {sizes[name]}", 2)
-        config = replace(config, **sizes)
-        if Path(config.init_from).is_dir():  # elsewhere its name could be one of the hub's
-            config = replace(config, init_from=str(Path(config.init_from).resolve()))
-    config = replace(config, lr_decay_steps=config.lr_decay_steps or config.max_steps)
+    config, model, state = load_run(out, source, overrides)
     check(config)
     if state and state["step"] >= config.max_steps:
         show(f"the run is finished: step {state['step']} of {config.max_steps}. Longer: "
@@ -962,22 +940,17 @@ def set_up_folder(out, run):
     if free < need:
         fail(f"up to {count} checkpoints at a time need {need / 1e9:.1f} GB, but {out} has room for"
              f" {free / 1e9:.1f}: free some, lower keep_checkpoints, or use another --out_dir")
-    for path in out.glob("step_*.tmp"):  # of a killed save
-        if path.stem[5:].isdecimal():
-            path.unlink()
     for path in checkpoints(out):
         if step_of(path) > run.step:
             (out / "superseded").mkdir(exist_ok=True)
             os.replace(path, out / "superseded" / path.name)
-    if tokenizer.is_dir() and not run.saved_step:
-        shutil.copytree(tokenizer, out / "tokenizer", dirs_exist_ok=True)
-    commit = None
-    with suppress(OSError):  # no git here
-        command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
-        commit = subprocess.run(command, capture_output=True, text=True).stdout.strip()
+    code = shlex.quote(str(Path(__file__).parent))
+    commit = subprocess.getoutput(f"git -C {code} rev-parse HEAD 2>{os.devnull}")  # "" without git
     facts = {"command": shlex.join(sys.argv), "config": asdict(config), "git": commit,
              "torch": str(torch.__version__), "python": sys.version.split()[0]}
     (out / "run.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+    if tokenizer.is_dir():  # (of a resumed run it is the same)
+        shutil.copytree(tokenizer, out / "tokenizer", dirs_exist_ok=True)
 
 
 def checkpoint_size(run):
@@ -1003,16 +976,11 @@ writes   {config.out_dir}/: checkpoints of {checkpoint_size(run) / 1e9:.2f} GB, 
 
 
 def resume_command(out):
-    return "python train.py --resume" + ("" if out == Path("out") else f"={shlex.quote(str(out))}")
+    return f"python train.py --resume={shlex.quote(str(out))}"
 
 
 def main(argv=None):
-    spare = os.open(os.devnull, os.O_RDWR)
-    while spare <= 2:  # a closed standard stream: no file of the run may take its number
-        spare = os.open(os.devnull, os.O_RDWR)
-    os.close(spare)
-    # Nothing that is printed can end a run: a closed pipe or a full disk loses lines, not steps.
-    sys.stdout, sys.stderr = prepare.Unbreakable(sys.stdout), prepare.Unbreakable(sys.stderr)
+    prepare.protect_streams()  # a closed pipe or a full disk loses lines, not steps
     overrides, typed, args = parse_args(sys.argv[1:] if argv is None else list(argv))
     stop, log = Stop(), None
     out, source = find_run(overrides, args)
@@ -1025,8 +993,7 @@ def main(argv=None):
         run = set_up(out, source, overrides, typed)
         stop.listen()
         if RANK == 0:
-            out.mkdir(parents=True, exist_ok=True)
-            lock.acquire()
+            lock.acquire()  # (makes the folder)
             set_up_folder(out, run)
             show_banner(run)
             log = Log(run)
@@ -1057,9 +1024,8 @@ def main(argv=None):
         code = 128 + (stop.signum or signal.SIGTERM)  # (of another process)
         show(f"stopped at step {run.step}; {written}. Resume with: {again}")
     else:
-        option = "" if out == Path("out") else f" --checkpoint {shlex.quote(str(out))}"
         show(f"done at step {run.step}; {written}. "
-             f"Next: python sample.py --prompt \"ROMEO:\"{option}")
+             f"Next: python sample.py --prompt \"ROMEO:\" --checkpoint {shlex.quote(str(out))}")
     if WORLD_SIZE > 1:
         # An ending process waits for gloo's threads, which wait for Python: it would hang, or abort
         # (pytorch #190489).

@@ -21,7 +21,7 @@ test_resume::test_a_run_that_draws_from_the_generators_resumes_to_the_bit
 test_resume::test_a_checkpoint_reaches_the_disk_before_its_name_and_the_name_after
   train: a checkpoint is not flushed to the disk | os.fsync(f.fileno()) | pass
   train: a checkpoint's name is not flushed | prepare.fsync(path.parent) | pass
-  train: a checkpoint is written in place | path.with_suffix(".tmp") | path
+  train: a checkpoint is written in place | path.with_name("checkpoint.tmp") | path
 test_resume::test_where_the_newest_checkpoint_is_damaged_the_one_before_is_used
   train: the digest is not compared | if raw[-TAIL:].tobytes() != | if b"" ==
 test_resume::test_a_checkpoint_with_code_in_it_is_refused_and_does_not_run

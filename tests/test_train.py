@@ -380,7 +380,7 @@ def test_data_and_weights_that_do_not_fit_or_are_damaged_are_refused(tiny):
     flip("d/train.bin", 100)
     refused(tiny(), "train_sha256", "prepare.py", code=1)
     save_pretrained(SmolLM2(CONFIG), Path("hf"), torch.float32)
-    refused(tiny("--init_from=hf", "--hidden_size=64"), "hidden_size", 64, 32)
+    refused(tiny("--init_from=hf", "--hidden_size=64"), "hidden_size", 64, 32, code=1)
     refused(tiny("--init_from=none/such"), "init_from", "none/such", code=1)
     refused(tiny("--init_from=./such"), "init_from", "no folder ./such", code=1)
     assert not Path("out").exists()
