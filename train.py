@@ -38,6 +38,7 @@ import filelock
 import numpy as np
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
@@ -112,11 +113,19 @@ def epoch_order(seed, epoch, n, T):
     return rng.integers(n - blocks * T) + T * rng.permutation(blocks)
 
 
+def on_device(ids, device):
+    """Token ids as a tensor there; from pinned memory a GPU takes them while Python goes on."""
+    ids = torch.from_numpy(ids.astype(np.int64))
+    if device.type == "cuda":
+        ids = ids.pin_memory()
+    return ids.to(device, non_blocking=True)
+
+
 def get_batch(run):
     """This process's part of the next batch: x, and y, the ids that follow, each (share, T).
 
     A function of the seed and of the sequences seen before, so that nothing can shift it."""
-    ids, T, machine = run.data.train, run.config.block_size, run.machine
+    ids, T = run.data.train, run.config.block_size
     share = run.config.batch_size // WORLD_SIZE
     first = run.sequence + RANK * share
     rows = []
@@ -124,10 +133,7 @@ def get_batch(run):
         epochs, block = divmod(i, blocks_per_epoch(len(ids), T))  # it may reach into the next epoch
         start = epoch_order(run.config.seed, run.epoch + epochs, len(ids), T)[block]
         rows.append(ids[start:start + T + 1])
-    rows = torch.from_numpy(np.stack(rows).astype(np.int64))  # (share, T + 1)
-    if machine.device.type == "cuda":
-        rows = rows.pin_memory()
-    rows = rows.to(machine.device, non_blocking=True)
+    rows = on_device(np.stack(rows), run.machine.device)  # (share, T + 1)
     return rows[:, :-1], rows[:, 1:]
 
 
@@ -271,7 +277,7 @@ def train_step(run, batch):
     for optimizer in run.optimizers.values():
         if not is_skipped:
             run.scaler.step(optimizer)
-        optimizer.zero_grad(set_to_none=True)
+        optimizer.zero_grad()
     run.scaler.update()
     return loss, norm
 
@@ -284,13 +290,13 @@ def evaluate(run):
     B = config.micro_batch_size or config.batch_size // WORLD_SIZE
     total = 0.0
     for first in range(RANK * B * T, n, WORLD_SIZE * B * T):
-        x = torch.zeros(B * T, dtype=torch.long)  # one shape for all:
-        y = torch.full((B * T,), -100)  # what no id fills does not count
-        window = torch.from_numpy(ids[first:min(first + B * T, n) + 1].astype(np.int64))
-        x[:len(window) - 1], y[:len(window) - 1] = window[:-1], window[1:]
+        window = on_device(ids[first:min(first + B * T, n) + 1], machine.device)
+        count = len(window) - 1
+        missing = (0, B * T - count)  # at the end: one shape for all, and -100 does not count
+        x, y = F.pad(window[:-1], missing), F.pad(window[1:], missing, value=-100)
         with machine.autocast:
-            _, loss = run.net(x.view(B, T).to(machine.device), y.view(B, T).to(machine.device))
-        total += loss.item() * (len(window) - 1)
+            _, loss = run.net(x.view(B, T), y.view(B, T))
+        total += loss.item() * count
     return sum_of_all(total, machine.device) / n
 
 
@@ -303,7 +309,7 @@ def write_sample(run):
         return f"none: {e}"
     generator = torch.Generator(machine.device)  # its own: training draws from the others
     generator.manual_seed(run.config.seed + run.step)
-    prompt = torch.from_numpy(run.data.val[:16].astype(np.int64))[None].to(machine.device)  # (1, T)
+    prompt = on_device(run.data.val[:16], machine.device)[None]  # (1, T)
     length = min(100, run.config.max_position_embeddings - prompt.size(1))
     with machine.autocast:
         new = generate(run.model, prompt, length, temperature=0.8, top_k=50, generator=generator)
@@ -504,9 +510,10 @@ CONTENT = {"step": int, "epoch": int, "sequence": int, "tokens": int, "seconds":
 
 def digest(raw):
     """The sha256 of the sha256s of an array's pieces, which all cores make at once."""
-    pieces = [raw[i:i + 2**26] for i in range(0, len(raw), 2**26)]
+    size = 2**26
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        parts = pool.map(lambda piece: hashlib.sha256(piece).digest(), pieces)
+        parts = pool.map(lambda i: hashlib.sha256(raw[i:i + size]).digest(),
+                         range(0, len(raw), size))
         return hashlib.sha256(b"".join(parts)).digest()
 
 
@@ -606,9 +613,8 @@ def of_all(thing):
 def rng_state():
     """The states of all random generators of this process, as tensors and plain values."""
     name, keys, *rest = np.random.get_state()
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
     return {"python": random.getstate(), "numpy": (name, keys.tolist(), *rest),
-            "torch": torch.get_rng_state(), "cuda": cuda}
+            "torch": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all()}
 
 
 def set_rng_state(state):

@@ -57,7 +57,7 @@ test_train::test_gradients_are_clipped_to_the_norm_and_the_logged_norm_is_that_b
 test_train::test_micro_batches_change_memory_and_not_the_run
   train: micro-batches are summed | (part / len(parts)).backward() | (part).backward()
 test_resume::test_stops_anywhere_in_epochs_and_schedule_change_no_bit
-  train: gradients of two steps are added | optimizer.zero_grad(set_to_none=True) | pass
+  train: gradients of two steps are added | optimizer.zero_grad() | pass
   train: the optimizer starts again on resume | optimizer.load_state_dict( | dict(
 test_train::test_a_loss_that_is_not_finite_stops_the_run_before_the_optimizer_step
   train: a loss of NaN changes the weights | if not math.isfinite(loss) or | if False and
