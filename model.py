@@ -497,6 +497,15 @@ def config_from_hf(hf):
     raise ValueError("not supported in config.json: " + "; ".join(wrong))
 
 
+def model_of(config, weights):
+    """The model that has these weights, themselves. Raises for other names or shapes."""
+    with torch.device("meta"):
+        model = SmolLM2(config)
+    model.load_state_dict(dict(weights), assign=True)  # (a copy: torch leaves a note in the dict)
+    model.lm_head.weight = model.model.embed_tokens.weight  # the assignment made two of them
+    return model
+
+
 def from_pretrained(source):
     """Loads a model (fp32, CPU) from a folder in Hugging Face's format, or the hub by USER/NAME.
 
@@ -513,18 +522,14 @@ def from_pretrained(source):
             patterns = ["*.json", "*.safetensors", "*.txt"]
             folder = Path(snapshot_download(str(source), allow_patterns=patterns))
         config = config_from_hf(json.loads((folder / "config.json").read_text(encoding="utf-8")))
-        with torch.device("meta"):
-            model = SmolLM2(config)
         for file in sorted(folder.glob("*.safetensors")):
             state.update(load_file(file))
         if "model.embed_tokens.weight" in state:  # tied, and in most files once
             state["lm_head.weight"] = state["model.embed_tokens.weight"]
-        model.load_state_dict(state, assign=True)
+        return model_of(config, state).float()
     except Exception as e:
         problem = textwrap.shorten(str(e), 200)
         raise ValueError(f"cannot load {source}: {type(e).__name__}: {problem}") from e
-    model.lm_head.weight = model.model.embed_tokens.weight  # the assignment made two of them
-    return model.float()
 
 
 def native_bf16():

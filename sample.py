@@ -68,9 +68,7 @@ def load(checkpoint):
 
     state: the checkpoint's dict, with its path as "file"; None for the others. Raises ValueError,
     in one line, where there is nothing to load. The hub is asked only for USER/NAME as typed."""
-    import torch
-
-    from model import HUB_NAME, SmolLM2, from_pretrained
+    from model import HUB_NAME, from_pretrained, model_of
     from train import TrainConfig, load_checkpoint
 
     path = Path("out/best") if checkpoint == "best" else Path(checkpoint).expanduser()
@@ -83,11 +81,8 @@ def load(checkpoint):
         file, state = load_checkpoint(path, mmap=True)
     except FileNotFoundError as e:
         raise ValueError(f"{e}: python train.py config/smollm2.py makes one") from None
-    with torch.device("meta"):
-        model = SmolLM2(TrainConfig(**state["config"]))
-    model.load_state_dict(state["model"], assign=True)
-    model.lm_head.weight = model.model.embed_tokens.weight
     state["file"] = file
+    model = model_of(TrainConfig(**state["config"]), state["model"])
     return model, tokenizer_folder(file, state), state
 
 

@@ -9,7 +9,6 @@
 import argparse
 import ast
 import difflib
-import errno
 import hashlib
 import json
 import math
@@ -43,7 +42,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from model import (SmolLM2, SmolLM2Config, compiler_problem, from_pretrained, generate,
-                   is_out_of_memory, keep_freed_memory, key, pick_device)
+                   is_out_of_memory, keep_freed_memory, key, model_of, pick_device)
 
 
 @dataclass
@@ -200,14 +199,14 @@ class Muon(torch.optim.Optimizer):
 
 def make_optimizers(model, config, dtype):
     """The optimizers by their keys in a checkpoint; "peak_lr" of a group is its rate at the top."""
-    optimizers, in_muon = {}, set()
+    optimizers = {}
+    matrices = [p for p in model.parameters() if p.dim() == 2]
+    norms = [p for p in model.parameters() if p.dim() < 2]
     if config.optimizer == "muon":
-        muon = Muon(model.model.layers, config.muon_learning_rate, config.weight_decay, dtype)
-        in_muon = {id(p) for group in muon.param_groups for p in group["params"]}
-        optimizers["muon"] = muon
-    others = [p for p in model.parameters() if id(p) not in in_muon]
-    groups = [{"params": [p for p in others if p.dim() == 2], "weight_decay": config.weight_decay},
-              {"params": [p for p in others if p.dim() < 2], "weight_decay": 0.0}]
+        layers, matrices = model.model.layers, [model.lm_head.weight]  # (the embedding, too)
+        optimizers["muon"] = Muon(layers, config.muon_learning_rate, config.weight_decay, dtype)
+    groups = [{"params": matrices, "weight_decay": config.weight_decay},
+              {"params": norms, "weight_decay": 0.0}]
     betas = (config.beta1, config.beta2)
     optimizers["optimizer"] = torch.optim.AdamW(groups, config.learning_rate, betas, fused=True)
     for optimizer in optimizers.values():
@@ -307,8 +306,8 @@ def write_sample(run):
         tokenizer, _ = prepare.open_tokenizer(out / "tokenizer")
     except ValueError as e:  # no reason to lose a run
         return f"none: {e}"
-    generator = torch.Generator(machine.device)  # its own: training draws from the others
-    generator.manual_seed(run.config.seed + run.step)
+    # A generator of its own: training draws from the others.
+    generator = torch.Generator(machine.device).manual_seed(run.config.seed + run.step)
     prompt = on_device(run.data.val[:16], machine.device)[None]  # (1, T)
     length = min(100, run.config.max_position_embeddings - prompt.size(1))
     with machine.autocast:
@@ -414,12 +413,11 @@ class Run:
             self.scaler.load_state_dict(state["scaler"])
         if len(state["rng"]) == WORLD_SIZE:
             set_rng_state(state["rng"][RANK])
-        is_other_text = state["data"]["train"] != self.data.fingerprint()["train"]
+        is_other_text = state["data"] != self.data.fingerprint()
         if is_other_text or state["config"]["block_size"] != self.config.block_size:
             self.epoch += self.sequence > 0  # a place among other blocks: a new epoch begins
             self.sequence = 0
-        is_other_measure = state["config"]["eval_tokens"] != self.config.eval_tokens
-        if is_other_measure or state["data"]["val"] != self.data.fingerprint()["val"]:
+        if is_other_text or state["config"]["eval_tokens"] != self.config.eval_tokens:
             self.best = None  # losses of other texts do not compare
 
 
@@ -451,8 +449,8 @@ class Log:
 
     def step(self, row, run):
         line = json.dumps(row).encode() + b"\n"
-        if self.metrics.write(line) < len(line):  # the last bytes of a disk take a part of a line
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), self.metrics.name)
+        while line:  # the last bytes of a disk take a part of it, and the next write then raises
+            line = line[self.metrics.write(line):]
         if "val_loss" in row:
             self.held_out(row["val_loss"], run)
         speed = row["tokens_per_sec"]
@@ -543,10 +541,7 @@ def read_checkpoint(path, **kwargs):
         raise ValueError(f"{path} is damaged, or not of this train.py (its sha256 does not fit)")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True, **kwargs)
-        with torch.device("meta"):
-            model = SmolLM2(TrainConfig(**state["config"]))
-        # Raises for other names or shapes. (Of a copy: torch leaves a note on what it assigns.)
-        model.load_state_dict(dict(state["model"]), assign=True)
+        model_of(TrainConfig(**state["config"]), state["model"])  # raises for other names or shapes
         types = {**CONTENT, **{name: KEYS[name].type for name in state["config"]}}
         best = state["best"] or {"val_loss": 0.0}
         found = {**state, **state["data"], **state["config"], **best}
@@ -588,15 +583,15 @@ def load_checkpoint(source, **kwargs):
         try:
             return path, read_checkpoint(path, **kwargs)
         except (ValueError, OSError) as e:
-            show(f"{e}, trying the one before" if path != paths[-1] else str(e), file=sys.stderr)
+            show(str(e), file=sys.stderr)
     raise ValueError(f"no whole checkpoint in {source}")
 
 
 def hint_of_best(folder, state):
     """Where a checkpoint's run had its lowest held-out loss, in brackets; "" if it is the last."""
-    interval, best = state["config"]["eval_interval"], state["best"]
-    last = state["step"] - state["step"] % (interval or 1)
-    if not best or best["step"] >= last or not (folder / f"step_{best['step']:06d}.pt").exists():
+    interval, best = state["config"]["eval_interval"] or 1, state["best"]
+    is_latest = not best or best["step"] + interval > state["step"]  # nothing after it was measured
+    if is_latest or not (folder / f"step_{best['step']:06d}.pt").exists():
         return ""
     path = shlex.quote(str(folder / "best"))
     return f" (the held-out loss was lowest at step {best['step']}: --checkpoint {path})"
@@ -800,20 +795,23 @@ def check(config, world_size=WORLD_SIZE):
 def find_run(overrides, args):
     """(out, source): the folder of the run, and what to resume from (None: nothing)."""
     out = Path(overrides.get("out_dir", TrainConfig.out_dir))
-    source = out if args.resume in (True, "auto") else None
-    if args.resume and not source:
-        source = Path(args.resume)
-        is_in_folder = source.suffix == ".pt" or source.name == "best"
-        folder = source.parent if is_in_folder else source
-        if "out_dir" in overrides and folder.resolve() != out.resolve():
-            fail(f"--resume={source} continues in {folder}, not in out_dir = {out}: give one", 2)
-        out = folder
+    match args.resume:
+        case None:
+            source = None
+        case True:
+            source = out
+        case "auto":
+            source = out if checkpoints(out) else None
+        case path:
+            source = Path(path)
+            folder = source if source.is_dir() else source.parent
+            if "out_dir" in overrides and folder.resolve() != out.resolve():
+                fail(f"--resume={path} continues in {folder}, not in out_dir = {out}: give one", 2)
+            out = folder
     ours = ("metrics.jsonl", "samples", "tokenizer", "superseded")
     foreign = [name for name in ours if (out / name).exists()]
     if foreign and not (out / "run.json").exists() and not checkpoints(out):
         fail(f"out_dir = {out} holds files of something else ({foreign[0]}): choose another", 2)
-    if args.resume == "auto" and not checkpoints(out):
-        source = None
     return out, source
 
 
@@ -854,9 +852,9 @@ def load_run(out, source, overrides):
 def open_data(config, typed, state, machine):
     """Opens data_dir; makes the default one where it is missing. Ends the program if unfit."""
     folder = Path(config.data_dir)
-    is_missing = not (folder / "meta.json").exists()
+    is_default = folder == Path(prepare.DEFAULT_OUT_DIR)
     try:
-        if is_missing and RANK == 0 and folder == Path(prepare.DEFAULT_OUT_DIR):
+        if RANK == 0 and is_default and not (folder / "meta.json").exists():
             show(f"{folder} is missing: preparing it")
             prepare.prepare(prepare.parse_args([]))
         if WORLD_SIZE > 1:
@@ -938,9 +936,8 @@ def set_up(out, source, overrides, typed):
 def set_up_folder(out, run):
     """Readies out_dir for a run at run.step: recipe, tokenizer; later checkpoints are set aside."""
     config, tokenizer = run.config, run.data.folder / "tokenizer"
-    count = 2  # the best, and the one that is being written
-    if config.checkpoint_interval and config.keep_checkpoints:
-        count += config.keep_checkpoints
+    kept = config.keep_checkpoints if config.checkpoint_interval else 0
+    count = kept + 2  # the best, and the one that is being written
     need = count * checkpoint_size(run)
     free = shutil.disk_usage(out).free + sum(path.stat().st_size for path in checkpoints(out))
     if free < need:
@@ -985,9 +982,9 @@ def resume_command(out):
     return f"python train.py --resume={shlex.quote(str(out))}"
 
 
-def main(argv=None):
+def main(argv):
     prepare.protect_streams()  # a closed pipe or a full disk loses lines, not steps
-    overrides, typed, args = parse_args(sys.argv[1:] if argv is None else list(argv))
+    overrides, typed, args = parse_args(argv)
     stop, log = Stop(), None
     out, source = find_run(overrides, args)
     again = resume_command(out)
@@ -1017,12 +1014,10 @@ def main(argv=None):
             raise
         fail("out of memory: lower --micro_batch_size or --block_size")
     finally:
-        if lock.is_locked:
-            with suppress(OSError):
-                (out / ".lock").unlink()  # before the release: then nobody else can hold it
-            lock.release()
-        if RANK == 0 and is_new:
-            with suppress(OSError):
+        with suppress(OSError):
+            if lock.is_locked:
+                (out / ".lock").unlink()  # still held: then nobody else can hold it
+            if is_new:
                 out.rmdir()  # of a start that failed: if there is anything in it, it stays
     code = 0
     written = f"{out / f'step_{run.step:06d}.pt'} is written{hint_of_best(out, run.state())}"
@@ -1041,4 +1036,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])
