@@ -23,7 +23,7 @@ import sys
 import time
 import warnings
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext, suppress
+from contextlib import suppress
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import timedelta
 from functools import lru_cache, partial
@@ -257,11 +257,11 @@ def train_step(run, batch):
     parts = list(zip(batch[0].split(size), batch[1].split(size)))
     loss = torch.zeros((), device=machine.device)
     for i, (x, y) in enumerate(parts):
-        waits = WORLD_SIZE > 1 and i < len(parts) - 1  # gradients are averaged once a step
-        with run.net.no_sync() if waits else nullcontext():
-            with machine.autocast:
-                _, part = run.net(x, y)
-            run.scaler.scale(part / len(parts)).backward()
+        if WORLD_SIZE > 1:  # gradients are averaged once a step
+            run.net.require_backward_grad_sync = i == len(parts) - 1
+        with machine.autocast:
+            _, part = run.net(x, y)
+        run.scaler.scale(part / len(parts)).backward()
         loss += part.detach() / len(parts)
     for optimizer in run.optimizers.values():
         run.scaler.unscale_(optimizer)
@@ -849,7 +849,7 @@ def load_run(out, source, overrides):
     return config, model, state
 
 
-def open_data(config, typed, state, machine):
+def open_data(config, typed, state):
     """Opens data_dir; makes the default one where it is missing. Ends the program if unfit."""
     folder = Path(config.data_dir)
     is_default = folder == Path(prepare.DEFAULT_OUT_DIR)
@@ -909,7 +909,7 @@ def set_up(out, source, overrides, typed):
              f"{resume_command(out)} --max_steps={state['step'] + 1000}")
         raise SystemExit(0)
     machine = set_up_machine(config)
-    data = open_data(config, typed, state, machine)
+    data = open_data(config, typed, state)
     torch.manual_seed(config.seed)
     run = Run(config, model or SmolLM2(config), data, machine)
     if state:
@@ -1004,8 +1004,8 @@ def main(argv):
     except filelock.Timeout:
         fail(f"another process is training in {out}: wait for it, or choose another --out_dir")
     except (FloatingPointError, OSError) as e:
-        what_next = [f". {path} is whole: {again} continues from it" for path in checkpoints(out)]
-        fail(f"{e}{''.join(what_next[-1:])}")
+        saved = checkpoints(out)
+        fail(f"{e}. {saved[-1]} is whole: {again} continues from it" if saved else e)
     except (MemoryError, RuntimeError) as e:
         if stop.signum:  # Ctrl-C reaches the C++ compiler, too, and torchrun ends other processes
             fail(f"stopped within a step; {again} continues from the checkpoint before",
@@ -1016,13 +1016,13 @@ def main(argv):
     finally:
         with suppress(OSError):
             if lock.is_locked:
-                (out / ".lock").unlink()  # still held: then nobody else can hold it
+                (out / ".lock").unlink()  # while it is held: then nobody else can hold it
             if is_new:
                 out.rmdir()  # of a start that failed: if there is anything in it, it stays
     code = 0
     written = f"{out / f'step_{run.step:06d}.pt'} is written{hint_of_best(out, run.state())}"
     if run.step < run.config.max_steps:
-        code = 128 + (stop.signum or signal.SIGTERM)  # (of another process)
+        code = 128 + (stop.signum or signal.SIGTERM)  # (another process had the signal)
         show(f"stopped at step {run.step}; {written}. Resume with: {again}")
     else:
         show(f"done at step {run.step}; {written}. "
