@@ -441,8 +441,8 @@ class Log:
         self.metrics = open(Path(run.config.out_dir, "metrics.jsonl"), "a+b", buffering=0)
         size = self.metrics.seek(0)
         for line in self.metrics.read().splitlines(keepends=True):
-            step = re.match(rb'{"step": (\d+),', line)
-            if not line.endswith(b"\n") or step and int(step[1]) > run.step:
+            step = re.match(rb'{"step": (\d+),.*\n', line)
+            if not step or int(step[1]) > run.step:
                 break  # torn by a kill, or beyond the checkpoint
             size += len(line)
         self.metrics.truncate(size)
@@ -482,7 +482,7 @@ class Stop:
     signum = 0  # the first one
 
     def listen(self):
-        for signum in (signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)):
+        for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             if signal.getsignal(signum) != signal.SIG_IGN:  # (nohup has SIGHUP ignored)
                 signal.signal(signum, self.handle)
 
@@ -627,12 +627,8 @@ def save(run, log):
         out = Path(run.config.out_dir)
         os.fsync(log.metrics.fileno())  # before a checkpoint says that these steps are done
         write_checkpoint(out / f"step_{run.step:06d}.pt", {**run.state(), "rng": rng})
-        # (0 keeps all: [-0:] is the whole list)
-        kept = {step_of(path) for path in checkpoints(out)[-run.config.keep_checkpoints:]}
-        if run.best:
-            kept.add(run.best["step"])
-        for path in checkpoints(out):
-            if step_of(path) not in kept:
+        for path in checkpoints(out)[:-run.config.keep_checkpoints]:  # (0 keeps all: [:-0] is [])
+            if not run.best or step_of(path) != run.best["step"]:
                 path.unlink()
     run.saved_step = run.step
 
