@@ -174,9 +174,9 @@ class Muon(torch.optim.Optimizer):
 
     def __init__(self, layers, lr, weight_decay, dtype):
         groups = []
-        for name in ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj",
-                     "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"):
-            params = [layer.get_submodule(name).weight for layer in layers]
+        names = [name for name, p in layers[0].named_parameters() if p.dim() == 2]
+        for name in names:
+            params = [layer.get_parameter(name) for layer in layers]
             rows, columns = params[0].shape
             groups.append({"params": params, "scale": max(1, rows / columns) ** 0.5})
         super().__init__(groups, {"lr": lr, "weight_decay": weight_decay})
