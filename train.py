@@ -468,7 +468,7 @@ class Log:
 
     def held_out(self, loss, run):
         meta = run.data.meta
-        bits = loss / math.log(2) * meta["val_tokens"] / max(1, meta["val_bytes"])
+        bits = loss / math.log(2) * meta["val_tokens"] / meta["val_bytes"]
         note = " (on STAND-IN data)" if meta["stand_in"] else ""
         show(f"step {run.step}: held-out loss {loss:.4f}, {bits:.4f} bits per byte, perplexity "
              f"{math.exp(min(loss, 99)):.2f}; best {run.best['val_loss']:.4f} at step "
@@ -535,11 +535,10 @@ def read_checkpoint(path, **kwargs):
     """The dict of a checkpoint, on the CPU. Raises ValueError where it is damaged or is none.
 
     weights_only: a file from a stranger can hold tensors and plain values, and runs no code."""
-    is_long = path.stat().st_size > TAIL
-    raw = np.memmap(path, np.uint8, "r") if is_long else np.zeros(TAIL, np.uint8)
-    if raw[-TAIL:].tobytes() != DIGEST_MARK + digest(raw[:-TAIL]):
-        raise ValueError(f"{path} is damaged, or not of this train.py (its sha256 does not fit)")
     try:
+        raw = np.memmap(path, np.uint8, "r")
+        if raw[-TAIL:].tobytes() != DIGEST_MARK + digest(raw[:-TAIL]):
+            raise ValueError("its sha256 does not fit")
         state = torch.load(path, map_location="cpu", weights_only=True, **kwargs)
         model_of(TrainConfig(**state["config"]), state["model"])  # raises for other names or shapes
         types = {**CONTENT, **{name: KEYS[name].type for name in state["config"]}}
@@ -549,8 +548,8 @@ def read_checkpoint(path, **kwargs):
             if type(found[name]) is not kind or kind is int and found[name] < 0:
                 raise TypeError(f"{name} = {found[name]!r:.60}")
     except Exception as e:  # a stranger's file can be wrong in any way
-        raise ValueError(f"{path} is refused: no checkpoint of this train.py, or one that could "
-                         f"run code: {prepare.first_line(e)}") from e
+        raise ValueError(f"{path} is damaged, or no checkpoint of this train.py, and is refused: "
+                         f"{prepare.first_line(e)}") from e
     return state
 
 
@@ -582,7 +581,7 @@ def load_checkpoint(source, **kwargs):
     for path in paths:
         try:
             return path, read_checkpoint(path, **kwargs)
-        except (ValueError, OSError) as e:
+        except ValueError as e:
             show(str(e), file=sys.stderr)
     raise ValueError(f"no whole checkpoint in {source}")
 
