@@ -468,7 +468,7 @@ class Log:
 
     def held_out(self, loss, run):
         meta = run.data.meta
-        bits = loss / math.log(2) * meta["val_tokens"] / meta["val_bytes"]
+        bits = loss / math.log(2) * meta["val_tokens"] / max(1, meta["val_bytes"])
         note = " (on STAND-IN data)" if meta["stand_in"] else ""
         show(f"step {run.step}: held-out loss {loss:.4f}, {bits:.4f} bits per byte, perplexity "
              f"{math.exp(min(loss, 99)):.2f}; best {run.best['val_loss']:.4f} at step "
