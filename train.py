@@ -489,10 +489,8 @@ class Stop:
     def handle(self, signum, frame):
         if self.signum and signum == signal.SIGINT and WORLD_SIZE == 1:  # (torchrun repeats it)
             os._exit(128 + signum)
-        if not self.signum:
-            text = b"\ntrain.py: finishing the step, then saving (Ctrl-C again leaves at once)\n"
-            with suppress(OSError):  # whoever read it may be gone
-                os.write(2, text)
+        with suppress(OSError):  # whoever read it may be gone
+            os.write(2, b"\ntrain.py: finishing the step, then saving; Ctrl-C again leaves at once\n")
         self.signum = self.signum or signum
 
 
