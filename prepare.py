@@ -498,7 +498,7 @@ def add_data_options(parser, out_dir):
         help=f"a hub name, or a folder with tokenizer.json (default: {TOKENIZER})")
     add("--out_dir", type=typed_path, default=out_dir, metavar="FOLDER",
         help=f"prepared data in it are replaced, anything else is not (default: {out_dir})")
-    add("--val_fraction", type=typed_fraction, default=0.1, metavar="F",
+    add("--val_fraction", type=number(float, 1e-6, 1 - 1e-6), default=0.1, metavar="F",
         help="share held out (default: 0.1)")
     add("--allow_unrepresentable", action="store_true",
         help="drop characters that the tokenizer has no token for (default: they are an error)")
@@ -511,10 +511,15 @@ def typed_path(text):
     return os.path.expanduser(text)
 
 
-def typed_fraction(text):
-    if not 0 < float(text) < 1:  # nan is not, either
-        raise argparse.ArgumentTypeError(f"{text} is not between 0 and 1; 0.1 holds out a tenth")
-    return float(text)
+def number(kind, low, high):
+    """What makes a number of a text, an int or a float from low to high, for argparse."""
+    def convert(text):
+        value = kind(text)
+        if not low <= value <= high:  # not true of nan, too
+            raise argparse.ArgumentTypeError(f"{text}: must be {low} or more, and at most {high}")
+        return value
+    convert.__name__ = kind.__name__
+    return convert
 
 
 def parse_args(argv=None):

@@ -7,7 +7,6 @@
 
 The text goes to standard output, all else to standard error. The same seed gives the same text.
 """
-import argparse
 import hashlib
 import os
 import re
@@ -17,19 +16,9 @@ from functools import partial
 from pathlib import Path
 
 import prepare
+from prepare import number
 
 fail = partial(prepare.fail, "sample.py")
-
-
-def number(kind, low, high=float("inf")):
-    """An argparse type: an int or a float from low to high."""
-    def convert(text):
-        value = kind(text)
-        if not low <= value <= high:  # not true of nan, too
-            raise argparse.ArgumentTypeError(f"{text}: must be from {low} to {high}")
-        return value
-    convert.__name__ = kind.__name__
-    return convert
 
 
 def parse_args(argv):

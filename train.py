@@ -86,8 +86,9 @@ class TrainConfig(SmolLM2Config):
     device: str = key("auto", "auto, cpu, cuda, cuda:1, mps", free=True)
     dtype: str = key("auto", "of the products; weights and optimizer stay float32", free=True,
                      choices=("auto", "float32", "bfloat16", "float16"))
-    compile: bool = key(True, "torch.compile, where it works", free=True)
-    deterministic: bool = key(True, "the same bits in every run; costs speed on a GPU")
+    compile: bool = key(True, "torch.compile, where it works", free=True, choices=(True, False))
+    deterministic: bool = key(True, "the same bits in every run; costs speed on a GPU",
+                              choices=(True, False))
 
 
 RANK = int(os.environ.get("RANK", 0))  # which of WORLD_SIZE processes this is, by torchrun
@@ -490,7 +491,7 @@ class Stop:
         if self.signum and signum == signal.SIGINT and WORLD_SIZE == 1:  # (torchrun repeats it)
             os._exit(128 + signum)
         with suppress(OSError):  # whoever read it may be gone
-            os.write(2, b"\ntrain.py: finishing the step, then saving; Ctrl-C again leaves at once\n")
+            os.write(2, b"\ntrain.py: finishing the step, then saving; Ctrl-C again ends at once\n")
         self.signum = self.signum or signum
 
 
@@ -691,25 +692,19 @@ def set_up_machine(config):
 fail = partial(prepare.fail, "train.py")  # code 1; 2 for what the user typed
 
 
-def read_value(f, text):
-    """text in the type of the config's field f. Raises argparse.ArgumentTypeError."""
-    kind, value = f.type, None
-    with suppress(KeyError, ValueError, OverflowError):
-        if kind is bool:
-            value = {"true": True, "1": True, "false": False, "0": False}[text.lower()]
-        elif kind is not str:
-            value = kind(text)
-        elif text.isprintable():
-            value = os.path.expanduser(text)
-    if value is None:
-        problem = f"expected {kind.__name__}"
-    elif not value and kind is not bool and not f.metadata.get("zero"):
-        problem = "must not be empty" if kind is str else "must be more than 0"
-    elif kind in (int, float) and not 0 <= value < 2**48:  # (not true of nan, too)
-        problem = "must be 0 or more, and less than 2**48"
-    else:
-        return value
-    raise argparse.ArgumentTypeError(f"{text!r}: {problem}")
+def typed_bool(text):
+    return {"true": True, "1": True, "false": False, "0": False}.get(text.lower(), text)
+
+
+def reader(f):
+    """The function that makes a value for the config's field f of a text, as argparse wants it."""
+    may_be_zero = f.metadata.get("zero")
+    if f.type is bool:
+        return typed_bool  # (choices refuse what it cannot read)
+    if f.type is str:
+        return os.path.expanduser if may_be_zero else prepare.typed_path
+    smallest = 1 if f.type is int else 1e-12
+    return prepare.number(f.type, 0 if may_be_zero else smallest, 2**48)
 
 
 def read_recipe(path):
@@ -722,14 +717,13 @@ def read_recipe(path):
         fail(f"cannot read the recipe {path}: {prepare.first_line(e)}{hint}", 2)
     words = []
     for node in tree.body:
-        match node:
-            case ast.Assign([ast.Name(name)], ast.Constant(value)):
-                words.append(f"--{name}={value}")
-            case ast.Expr(ast.Constant()):
-                pass  # a docstring
-            case _:
-                fail(f"{path}, line {node.lineno}: a recipe holds plain assignments only, like "
-                     "batch_size = 4", 2)
+        value, targets = getattr(node, "value", None), getattr(node, "targets", [])
+        if isinstance(node, ast.Expr) and isinstance(value, ast.Constant):
+            continue  # a docstring
+        if not isinstance(value, ast.Constant) or [type(t) for t in targets] != [ast.Name]:
+            fail(f"{path}, line {node.lineno}: a recipe holds plain assignments only, like "
+                 "batch_size = 4", 2)
+        words.append(f"--{targets[0].id}={value.value}")
     return words
 
 
@@ -743,7 +737,7 @@ def parse_args(argv):
                         "folder PATH, or from the file PATH; auto: if there is one")
     group = parser.add_argument_group("keys, here or in a recipe")
     for f in KEYS.values():
-        group.add_argument(f"--{f.name}", type=partial(read_value, f), default=argparse.SUPPRESS,
+        group.add_argument(f"--{f.name}", type=reader(f), default=argparse.SUPPRESS,
                            choices=f.metadata.get("choices"), metavar=f.type.__name__.upper(),
                            help=f"{f.metadata['help']} [{f.default}]")
     args, rest = parser.parse_known_args(argv)
@@ -788,19 +782,15 @@ def check(config, world_size=WORLD_SIZE):
 def find_run(overrides, args):
     """(out, source): the folder of the run, and what to resume from (None: nothing)."""
     out = Path(overrides.get("out_dir", TrainConfig.out_dir))
-    match args.resume:
-        case None:
-            source = None
-        case True:
-            source = out
-        case "auto":
-            source = out if checkpoints(out) else None
-        case path:
-            source = Path(path)
-            folder = source if source.is_dir() else source.parent
-            if "out_dir" in overrides and folder.resolve() != out.resolve():
-                fail(f"--resume={path} continues in {folder}, not in out_dir = {out}: give one", 2)
-            out = folder
+    source = out if args.resume in (True, "auto") else None
+    if args.resume == "auto" and not checkpoints(out):
+        source = None
+    elif args.resume and not source:
+        source = Path(args.resume)
+        folder = source if source.is_dir() else source.parent
+        if "out_dir" in overrides and folder.resolve() != out.resolve():
+            fail(f"--resume={source} continues in {folder}, not in out_dir = {out}: give one", 2)
+        out = folder
     ours = ("metrics.jsonl", "samples", "tokenizer", "superseded")
     foreign = [name for name in ours if (out / name).exists()]
     if foreign and not (out / "run.json").exists() and not checkpoints(out):
