@@ -484,18 +484,18 @@ def config_from_hf(hf):
     found |= {name: value for name, value in hf.items() if value is not None}
     wrong = [f"{name} = {found[name]!r} (only {value!r})"
              for name, value in required.items() if found[name] != value]
-    names = [f.name for f in fields(SmolLM2Config)]
-    wrong += [f"{name} is missing" for name in names if found.get(name) is None]
+    sizes = {f.name: f.type for f in fields(SmolLM2Config)}
+    wrong += [f"{name} is missing" for name in sizes if found.get(name) is None]
     if wrong:
         raise ValueError("not supported in config.json: " + "; ".join(wrong))
-    return SmolLM2Config(**{name: found[name] for name in names})
+    return SmolLM2Config(**{name: kind(found[name]) for name, kind in sizes.items()})
 
 
-def from_state(config, state):
-    """The model with the weights of a state dict: it draws none, and copies none."""
+def model_of(config, weights):
+    """The model that has these weights, themselves. Raises for other names or shapes."""
     with torch.device("meta"):
         model = SmolLM2(config)
-    model.load_state_dict(state, assign=True)
+    model.load_state_dict(dict(weights), assign=True)  # (a copy: torch leaves a note in the dict)
     model.lm_head.weight = model.model.embed_tokens.weight  # the assignment made two of them
     return model
 
@@ -518,7 +518,7 @@ def from_pretrained(source):
             state.update(load_file(file))
         if "model.embed_tokens.weight" in state:  # tied, and in most files once
             state["lm_head.weight"] = state["model.embed_tokens.weight"]
-        return from_state(config, state).float()
+        return model_of(config, state).float()
     except Exception as e:
         problem = textwrap.shorten(str(e), 200)
         raise ValueError(f"cannot load {source}: {type(e).__name__}: {problem}") from e

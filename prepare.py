@@ -393,6 +393,12 @@ class Unbreakable:
         pass  # write did
 
 
+def protect_streams():
+    """Nothing that is printed can end the work; no file of it takes a closed stream's number."""
+    sys.stdin = sys.stdin or open(os.devnull)
+    sys.stdout, sys.stderr = Unbreakable(sys.stdout), Unbreakable(sys.stderr)
+
+
 def log(message):
     print(message, file=sys.stderr)
 
@@ -413,7 +419,7 @@ def command(program):
     def stop(signum, frame):
         fail(program, f"stopped by {signal.Signals(signum).name}", 128 + signum)
 
-    sys.stdout, sys.stderr = Unbreakable(sys.stdout), Unbreakable(sys.stderr)
+    protect_streams()
     signal.signal(signal.SIGTERM, stop)
     signal.signal(signal.SIGINT, stop)
     try:
@@ -447,16 +453,16 @@ def add_data_options(parser, out_dir):
 def typed_path(text):
     """A path or name as a shell takes it."""
     if not text.strip() or "\0" in text:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a name")
+        raise argparse.ArgumentTypeError(f"{text!r} is empty, or not a name")
     return os.path.expanduser(text)
 
 
-def number(kind, low, high=float("inf")):
+def number(kind, low, high=2**63 - 1):
     """An argparse type: an int or a float from low to high."""
     def convert(text):
         value = kind(text)
         if not low <= value <= high:  # not true of nan, too
-            raise argparse.ArgumentTypeError(f"{text}: must be from {low} to {high}")
+            raise argparse.ArgumentTypeError(f"{text}: must be {low} or more, and at most {high}")
         return value
     convert.__name__ = kind.__name__
     return convert

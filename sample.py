@@ -56,7 +56,7 @@ def load(checkpoint):
 
     state: the checkpoint's dict, with its path as "file"; None for the others. Raises ValueError,
     in one line, where there is nothing to load. The hub is asked only for USER/NAME as typed."""
-    from model import HUB_NAME, from_pretrained, from_state
+    from model import HUB_NAME, from_pretrained, model_of
     from train import TrainConfig, load_checkpoint
 
     path = Path("out/best") if checkpoint == "best" else Path(checkpoint).expanduser()
@@ -70,7 +70,7 @@ def load(checkpoint):
     except FileNotFoundError as e:
         raise ValueError(f"{e}: python train.py config/smollm2.py makes one") from None
     state["file"] = file
-    model = from_state(TrainConfig(**state["config"]), state["model"])
+    model = model_of(TrainConfig(**state["config"]), state["model"])
     return model, tokenizer_folder(file, state), state
 
 

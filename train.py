@@ -9,7 +9,6 @@
 import argparse
 import ast
 import difflib
-import errno
 import hashlib
 import importlib.metadata
 import json
@@ -25,7 +24,7 @@ import sys
 import time
 import warnings
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext, suppress
+from contextlib import suppress
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import timedelta
 from functools import lru_cache, partial
@@ -39,12 +38,13 @@ import filelock
 import numpy as np
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils import collect_env
 from tqdm import tqdm
 
 from model import (SmolLM2, SmolLM2Config, compiler_problem, from_pretrained, generate,
-                   is_out_of_memory, keep_freed_memory, key, pick_device)
+                   is_out_of_memory, keep_freed_memory, key, model_of, pick_device)
 
 
 @dataclass
@@ -88,10 +88,13 @@ class TrainConfig(SmolLM2Config):
     device: str = key("auto", "auto, cpu, cuda, cuda:1, mps", free=True)
     dtype: str = key("auto", "of the products; weights and optimizer stay float32", free=True,
                      choices=("auto", "float32", "bfloat16", "float16"))
-    compile: bool = key(True, "torch.compile, where it works", free=True)
-    deterministic: bool = key(True, "the same bits in every run; costs speed on a GPU", free=True)
+    compile: bool = key(True, "torch.compile, where it works", free=True, choices=(True, False))
+    deterministic: bool = key(True, "the same bits in every run; costs speed on a GPU",
+                              choices=(True, False))
 
 
+RANK = int(os.environ.get("RANK", 0))  # which of WORLD_SIZE processes this is, by torchrun
+WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
 KEYS = {f.name: f for f in fields(TrainConfig)}
 SIZES = [f.name for f in fields(SmolLM2Config) if f.name != "initializer_range"]
 
@@ -112,22 +115,27 @@ def epoch_order(seed, epoch, n, T):
     return rng.integers(n - blocks * T) + T * rng.permutation(blocks)
 
 
+def on_device(ids, device):
+    """Token ids as a tensor there; from pinned memory a GPU takes them while Python goes on."""
+    ids = torch.from_numpy(ids.astype(np.int64))
+    if device.type == "cuda":
+        ids = ids.pin_memory()
+    return ids.to(device, non_blocking=True)
+
+
 def get_batch(run):
     """This process's part of the next batch: x, and y, the ids that follow, each (share, T).
 
     A function of the seed and of the sequences seen before, so that nothing can shift it."""
-    ids, T, machine = run.data.train, run.config.block_size, run.machine
-    share = run.config.batch_size // machine.world_size
-    first = run.sequence + machine.rank * share
+    ids, T = run.data.train, run.config.block_size
+    share = run.config.batch_size // WORLD_SIZE
+    first = run.sequence + RANK * share
     rows = []
     for i in range(first, first + share):
         epochs, block = divmod(i, blocks_per_epoch(len(ids), T))  # it may reach into the next epoch
         start = epoch_order(run.config.seed, run.epoch + epochs, len(ids), T)[block]
         rows.append(ids[start:start + T + 1])
-    rows = torch.from_numpy(np.stack(rows).astype(np.int64))  # (share, T + 1)
-    if machine.device.type == "cuda":
-        rows = rows.pin_memory()
-    rows = rows.to(machine.device, non_blocking=True)
+    rows = on_device(np.stack(rows), run.machine.device)  # (share, T + 1)
     return rows[:, :-1], rows[:, 1:]
 
 
@@ -169,9 +177,9 @@ class Muon(torch.optim.Optimizer):
 
     def __init__(self, layers, lr, weight_decay, dtype):
         groups = []
-        for name in ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj",
-                     "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"):
-            params = [layer.get_submodule(name).weight for layer in layers]
+        names = [name for name, p in layers[0].named_parameters() if p.dim() == 2]
+        for name in names:
+            params = [layer.get_parameter(name) for layer in layers]
             rows, columns = params[0].shape
             groups.append({"params": params, "scale": max(1, rows / columns) ** 0.5})
         super().__init__(groups, {"lr": lr, "weight_decay": weight_decay})
@@ -194,14 +202,14 @@ class Muon(torch.optim.Optimizer):
 
 def make_optimizers(model, config, dtype):
     """The optimizers by their keys in a checkpoint; "peak_lr" of a group is its rate at the top."""
-    optimizers, in_muon = {}, set()
+    optimizers = {}
+    matrices = [p for p in model.parameters() if p.dim() == 2]
+    norms = [p for p in model.parameters() if p.dim() < 2]
     if config.optimizer == "muon":
-        muon = Muon(model.model.layers, config.muon_learning_rate, config.weight_decay, dtype)
-        in_muon = {id(p) for group in muon.param_groups for p in group["params"]}
-        optimizers["muon"] = muon
-    others = [p for p in model.parameters() if id(p) not in in_muon]
-    groups = [{"params": [p for p in others if p.dim() == 2], "weight_decay": config.weight_decay},
-              {"params": [p for p in others if p.dim() < 2], "weight_decay": 0.0}]
+        layers, matrices = model.model.layers, [model.lm_head.weight]  # (the embedding, too)
+        optimizers["muon"] = Muon(layers, config.muon_learning_rate, config.weight_decay, dtype)
+    groups = [{"params": matrices, "weight_decay": config.weight_decay},
+              {"params": norms, "weight_decay": 0.0}]
     betas = (config.beta1, config.beta2)
     optimizers["optimizer"] = torch.optim.AdamW(groups, config.learning_rate, betas, fused=True)
     for optimizer in optimizers.values():
@@ -234,39 +242,44 @@ def set_rates(optimizers, factor):
             group["lr"] = group["peak_lr"] * factor
 
 
-def train_step(run, batch, stop=None):
+def sum_of_all(number, device):
+    """A number, added up over all processes."""
+    if WORLD_SIZE == 1:
+        return number
+    total = torch.tensor(number, device=device)
+    dist.all_reduce(total)
+    return total.item()
+
+
+def train_step(run, batch):
     """One optimizer step on this process's part of a batch.
 
     Returns the mean loss over all processes, nats a token, and the gradient's norm before
-    clipping. Raises FloatingPointError before anything is changed if they are not finite. Several
-    processes also agree whether to stop after this step, all of them (see Stop)."""
+    clipping. Raises FloatingPointError before anything is changed if they are not finite."""
     machine, size = run.machine, run.config.micro_batch_size or len(batch[0])
     parts = list(zip(batch[0].split(size), batch[1].split(size)))
     loss = torch.zeros((), device=machine.device)
     for i, (x, y) in enumerate(parts):
-        waits = machine.world_size > 1 and i < len(parts) - 1  # gradients are averaged once a step
-        with run.net.no_sync() if waits else nullcontext():
-            with machine.autocast:
-                _, part = run.net(x, y)
-            run.scaler.scale(part / len(parts)).backward()
+        if WORLD_SIZE > 1:  # gradients are averaged once a step
+            run.net.require_backward_grad_sync = i == len(parts) - 1
+        with machine.autocast:
+            _, part = run.net(x, y)
+        run.scaler.scale(part / len(parts)).backward()
         loss += part.detach() / len(parts)
     for optimizer in run.optimizers.values():
         run.scaler.unscale_(optimizer)
     norm = torch.nn.utils.clip_grad_norm_(run.parameters, run.config.grad_clip or math.inf)
-    if machine.world_size > 1:
-        asked = torch.full_like(loss, stop.signum is not None)
-        shared = torch.stack((loss / machine.world_size, asked))
-        dist.all_reduce(shared)
-        loss, stop.asked = shared[0], shared[1].item() > 0  # all stop after the same step
-    loss, norm = loss.item(), norm.item()
+    loss, norm = sum_of_all(loss.item() / WORLD_SIZE, machine.device), norm.item()
     # In fp16 a gradient that overflows is no failure: the step is skipped, the scale lowered.
     is_skipped = run.scaler.is_enabled() and not math.isfinite(norm)
     if not math.isfinite(loss) or not (math.isfinite(norm) or is_skipped):
-        raise FloatingPointError(f"the loss is {loss} and the gradient norm {norm}")
+        raise FloatingPointError(f"in step {run.step + 1} the loss is {loss} and the gradient norm "
+                                 f"{norm}: stopped before the weights were changed. Try a lower "
+                                 "--learning_rate")
     for optimizer in run.optimizers.values():
         if not is_skipped:
             run.scaler.step(optimizer)
-        optimizer.zero_grad(set_to_none=True)
+        optimizer.zero_grad()
     run.scaler.update()
     return loss, norm
 
@@ -276,20 +289,17 @@ def evaluate(run):
     """The mean loss, nats a token, of the held-out ids, each once, in fixed windows of T."""
     config, machine, ids = run.config, run.machine, run.data.val
     n, T = min(len(ids) - 1, config.eval_tokens), config.block_size
-    B = config.micro_batch_size or config.batch_size // machine.world_size
-    total = torch.zeros((), dtype=torch.float64)
-    for first in range(machine.rank * B * T, n, machine.world_size * B * T):
-        x = torch.zeros(B * T, dtype=torch.long)  # one shape for all:
-        y = torch.full((B * T,), -100)  # what no id fills does not count
-        window = torch.from_numpy(ids[first:min(first + B * T, n) + 1].astype(np.int64))
-        x[:len(window) - 1], y[:len(window) - 1] = window[:-1], window[1:]
+    B = config.micro_batch_size or config.batch_size // WORLD_SIZE
+    total = 0.0
+    for first in range(RANK * B * T, n, WORLD_SIZE * B * T):
+        window = on_device(ids[first:min(first + B * T, n) + 1], machine.device)
+        count = len(window) - 1
+        missing = (0, B * T - count)  # at the end: one shape for all, and -100 does not count
+        x, y = F.pad(window[:-1], missing), F.pad(window[1:], missing, value=-100)
         with machine.autocast:
-            _, loss = run.net(x.view(B, T).to(machine.device), y.view(B, T).to(machine.device))
-        total += loss.item() * (len(window) - 1)
-    if machine.world_size > 1:
-        total = total.to(machine.device, torch.float32)
-        dist.all_reduce(total)
-    return total.item() / n
+            _, loss = run.net(x.view(B, T), y.view(B, T))
+        total += loss.item() * count
+    return sum_of_all(total, machine.device) / n
 
 
 def write_sample(run):
@@ -299,9 +309,9 @@ def write_sample(run):
         tokenizer, _ = prepare.open_tokenizer(out / "tokenizer")
     except ValueError as e:  # no reason to lose a run
         return f"none: {e}"
-    generator = torch.Generator(machine.device)  # its own: training draws from the others
-    generator.manual_seed(run.config.seed + run.step)
-    prompt = torch.from_numpy(run.data.val[:16].astype(np.int64))[None].to(machine.device)  # (1, T)
+    # A generator of its own: training draws from the others.
+    generator = torch.Generator(machine.device).manual_seed(run.config.seed + run.step)
+    prompt = on_device(run.data.val[:16], machine.device)[None]  # (1, T)
     length = min(100, run.config.max_position_embeddings - prompt.size(1))
     with machine.autocast:
         new = generate(run.model, prompt, length, temperature=0.8, top_k=50, generator=generator)
@@ -321,13 +331,13 @@ def is_due(step, interval):
 
 
 def train(run, log, stop):
-    """From run.step to max_steps, or to the end of the step in which a stop is asked for."""
+    """From run.step to max_steps, or to the end of the step in which a signal came."""
     config = run.config
-    while run.step < config.max_steps and not stop.asked:
+    while run.step < config.max_steps and not sum_of_all(stop.signum, run.machine.device):
         began = time.perf_counter()
         factor = lr_factor(config, run.step)
         set_rates(run.optimizers, factor)
-        loss, norm = train_step(run, get_batch(run), stop)
+        loss, norm = train_step(run, get_batch(run))
         run.advance()
         seconds = time.perf_counter() - began
         run.seconds += seconds
@@ -336,11 +346,9 @@ def train(run, log, stop):
                "tokens": run.tokens, "seconds": run.seconds,
                "tokens_per_sec": config.batch_size * config.block_size / seconds}
 
-        is_best = False
         if is_due(run.step, config.eval_interval):
             row["val_loss"] = evaluate(run)
-            is_best = run.best is None or row["val_loss"] < run.best["val_loss"]
-            if is_best:
+            if not run.best or row["val_loss"] < run.best["val_loss"]:
                 run.best = {"step": run.step, "val_loss": row["val_loss"]}
         if log:  # (of several processes only the first one has it)
             log.step(row, run)
@@ -348,11 +356,13 @@ def train(run, log, stop):
                 show(f"--- sample at step {run.step}\n{write_sample(run)}\n---")
 
         # A best step is saved between two checkpoints, too, if the run makes checkpoints at all.
-        is_best = is_best and config.checkpoint_interval > 0
+        is_best = run.best and run.best["step"] == run.step and config.checkpoint_interval > 0
         if is_best or is_due(run.step, config.checkpoint_interval):
             save(run, log)
     if run.saved_step != run.step:
         save(run, log)
+    if log:
+        log.bar.close()
 
 
 class Run:
@@ -373,9 +383,9 @@ class Run:
         self.seconds = 0.0  # spent in steps
         self.best = None  # {"step", "val_loss"} of the lowest held-out loss
         self.saved_step = None  # the step that is on the disk
-        random.seed(config.seed + machine.rank)
-        np.random.seed((config.seed + machine.rank) % 2**32)
-        torch.manual_seed(config.seed + machine.rank)
+        random.seed(config.seed + RANK)
+        np.random.seed((config.seed + RANK) % 2**32)
+        torch.manual_seed(config.seed + RANK)
 
     def advance(self):
         """Counts a step: the next batch begins where this one ended, whatever its size."""
@@ -404,14 +414,13 @@ class Run:
             optimizer.load_state_dict({**state[name], "param_groups": groups})
         if state["scaler"]:  # it is empty but after fp16
             self.scaler.load_state_dict(state["scaler"])
-        if len(state["rng"]) == self.machine.world_size:
-            set_rng_state(state["rng"][self.machine.rank])
-        is_other_text = state["data"]["train"] != self.data.fingerprint()["train"]
+        if len(state["rng"]) == WORLD_SIZE:
+            set_rng_state(state["rng"][RANK])
+        is_other_text = state["data"] != self.data.fingerprint()
         if is_other_text or state["config"]["block_size"] != self.config.block_size:
             self.epoch += self.sequence > 0  # a place among other blocks: a new epoch begins
             self.sequence = 0
-        is_other_measure = state["config"]["eval_tokens"] != self.config.eval_tokens
-        if is_other_measure or state["data"]["val"] != self.data.fingerprint()["val"]:
+        if is_other_text or state["config"]["eval_tokens"] != self.config.eval_tokens:
             self.best = None  # losses of other texts do not compare
 
 
@@ -420,7 +429,7 @@ class Run:
 
 def show(text, file=None):
     """Prints above the progress bar; of several processes only the first one does."""
-    if os.environ.get("RANK", "0") == "0":
+    if RANK == 0:
         tqdm.write(text, file=file)
 
 
@@ -430,21 +439,21 @@ class Log:
     def __init__(self, run):
         self.first_step = run.step + 1
         self.bar = tqdm(total=run.config.max_steps, initial=run.step, dynamic_ncols=True,
-                        disable=not sys.stderr.isatty(), bar_format="{percentage:3.0f}%|{bar}| "
+                        disable=None, bar_format="{percentage:3.0f}%|{bar}| "  # None: no terminal
                         "{n_fmt}/{total_fmt}, {remaining} left{postfix}")
         self.metrics = open(Path(run.config.out_dir, "metrics.jsonl"), "a+b", buffering=0)
         size = self.metrics.seek(0)
         for line in self.metrics.read().splitlines(keepends=True):
-            step = re.match(rb'{"step": (\d+),', line)
-            if not line.endswith(b"\n") or step and int(step[1]) > run.step:
+            step = re.match(rb'{"step": (\d+),.*\n', line)
+            if not step or int(step[1]) > run.step:
                 break  # torn by a kill, or beyond the checkpoint
             size += len(line)
         self.metrics.truncate(size)
 
     def step(self, row, run):
         line = json.dumps(row).encode() + b"\n"
-        if self.metrics.write(line) < len(line):  # the last bytes of a disk take a part of a line
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), self.metrics.name)
+        while line:  # the last bytes of a disk take a part of it, and the next write then raises
+            line = line[self.metrics.write(line):]
         if "val_loss" in row:
             self.held_out(row["val_loss"], run)
         speed = row["tokens_per_sec"]
@@ -472,26 +481,20 @@ class Log:
 class Stop:
     """The first SIGINT, SIGTERM or SIGHUP asks for a stop after the step; a second Ctrl-C leaves.
 
-    asked: this process, or (agreed on in a step) all of several, will stop."""
-
-    def __init__(self):
-        self.asked, self.signum = False, None
-        self.alone = os.environ.get("WORLD_SIZE", "1") == "1"
+    Where one of several processes got one, all stop after the same step (see train)."""
+    signum = 0  # the first one
 
     def listen(self):
-        for signum in (signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)):
+        for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             if signal.getsignal(signum) != signal.SIG_IGN:  # (nohup has SIGHUP ignored)
                 signal.signal(signum, self.handle)
 
     def handle(self, signum, frame):
-        if self.signum and signum == signal.SIGINT and self.alone:  # torchrun repeats it by itself
+        if self.signum and signum == signal.SIGINT and WORLD_SIZE == 1:  # (torchrun repeats it)
             os._exit(128 + signum)
-        if not self.signum:
-            text = b"\ntrain.py: finishing the step, then saving (Ctrl-C again leaves at once)\n"
-            with suppress(OSError):  # whoever read it may be gone
-                os.write(2, text)
+        with suppress(OSError):  # whoever read it may be gone
+            os.write(2, b"\ntrain.py: finishing the step, then saving; Ctrl-C again ends at once\n")
         self.signum = self.signum or signum
-        self.asked = self.asked or self.alone
 
 
 # -------------------------------------------------------------------------------------- checkpoints
@@ -506,15 +509,16 @@ CONTENT = {"step": int, "epoch": int, "sequence": int, "tokens": int, "seconds":
 
 def digest(raw):
     """The sha256 of the sha256s of an array's pieces, which all cores make at once."""
-    pieces = [raw[i:i + 2**26] for i in range(0, len(raw), 2**26)]
+    size = 2**26
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        parts = pool.map(lambda piece: hashlib.sha256(piece).digest(), pieces)
+        parts = pool.map(lambda i: hashlib.sha256(raw[i:i + size]).digest(),
+                         range(0, len(raw), size))
         return hashlib.sha256(b"".join(parts)).digest()
 
 
 def write_checkpoint(path, state):
     """Writes under a temporary name, flushes to disk, renames: the file is whole or not there."""
-    temporary = path.with_suffix(".tmp")
+    temporary = path.with_name("checkpoint.tmp")  # the next save overwrites what a kill left
     with open(temporary, "w+b") as f:
         try:
             torch.save(state, f)
@@ -532,31 +536,22 @@ def read_checkpoint(path, **kwargs):
     """The dict of a checkpoint, on the CPU. Raises ValueError where it is damaged or is none.
 
     weights_only: a file from a stranger can hold tensors and plain values, and runs no code."""
-    with open(path, "rb") as f:
-        size = os.fstat(f.fileno()).st_size
-        raw = np.memmap(f, np.uint8, "r") if size > TAIL else np.zeros(TAIL, np.uint8)
-    if raw[-TAIL:].tobytes() != DIGEST_MARK + digest(raw[:-TAIL]):
-        raise ValueError(f"{path} is damaged, or not of this train.py (its sha256 does not fit)")
     try:
+        raw = np.memmap(path, np.uint8, "r")
+        if raw[-TAIL:].tobytes() != DIGEST_MARK + digest(raw[:-TAIL]):
+            raise ValueError("its sha256 does not fit")
         state = torch.load(path, map_location="cpu", weights_only=True, **kwargs)
-        for name, value in state["config"].items():
-            check_type(name, value, KEYS[name].type if name in KEYS else None)
-        with torch.device("meta"):
-            model = SmolLM2(TrainConfig(**state["config"]))
-        # Raises for other names or shapes. (Of a copy: torch leaves a note on what it assigns.)
-        model.load_state_dict(dict(state["model"]), assign=True)
-        plain = {**state, **state["data"], **(state["best"] or {"val_loss": 0.0})}
-        for name, kind in CONTENT.items():
-            check_type(name, plain[name], kind)
+        model_of(TrainConfig(**state["config"]), state["model"])  # raises for other names or shapes
+        types = {**CONTENT, **{name: KEYS[name].type for name in state["config"]}}
+        best = state["best"] or {"val_loss": 0.0}
+        found = {**state, **state["data"], **state["config"], **best}
+        for name, kind in types.items():
+            if type(found[name]) is not kind or kind is int and found[name] < 0:
+                raise TypeError(f"{name} = {found[name]!r:.60}")
     except Exception as e:  # a stranger's file can be wrong in any way
-        raise ValueError(f"{path} is refused: no checkpoint of this train.py, or one that could "
-                         f"run code: {prepare.first_line(e)}") from e
+        raise ValueError(f"{path} is damaged, or no checkpoint of this train.py, and is refused: "
+                         f"{prepare.first_line(e)}") from e
     return state
-
-
-def check_type(name, value, kind):
-    if type(value) is not kind or kind is int and value < 0:
-        raise TypeError(f"{name} = {value!r:.60}")
 
 
 def step_of(path):
@@ -587,27 +582,34 @@ def load_checkpoint(source, **kwargs):
     for path in paths:
         try:
             return path, read_checkpoint(path, **kwargs)
-        except (ValueError, OSError) as e:
-            show(f"{e}, trying the one before" if path != paths[-1] else str(e), file=sys.stderr)
+        except ValueError as e:
+            show(str(e), file=sys.stderr)
     raise ValueError(f"no whole checkpoint in {source}")
 
 
 def hint_of_best(folder, state):
     """Where a checkpoint's run had its lowest held-out loss, in brackets; "" if it is the last."""
-    interval, best = state["config"]["eval_interval"], state["best"]
-    last = state["step"] - state["step"] % (interval or 1)
-    if not best or best["step"] >= last or not (folder / f"step_{best['step']:06d}.pt").exists():
+    interval, best = state["config"]["eval_interval"] or 1, state["best"]
+    is_latest = not best or best["step"] + interval > state["step"]  # nothing after it was measured
+    if is_latest or not (folder / f"step_{best['step']:06d}.pt").exists():
         return ""
     path = shlex.quote(str(folder / "best"))
     return f" (the held-out loss was lowest at step {best['step']}: --checkpoint {path})"
 
 
+def of_all(thing):
+    """What each process has of a thing, in a list."""
+    things = [thing] * WORLD_SIZE
+    if WORLD_SIZE > 1:
+        dist.all_gather_object(things, thing)
+    return things
+
+
 def rng_state():
     """The states of all random generators of this process, as tensors and plain values."""
     name, keys, *rest = np.random.get_state()
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
     return {"python": random.getstate(), "numpy": (name, keys.tolist(), *rest),
-            "torch": torch.get_rng_state(), "cuda": cuda}
+            "torch": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all()}
 
 
 def set_rng_state(state):
@@ -620,20 +622,13 @@ def set_rng_state(state):
 
 def save(run, log):
     """Writes a checkpoint, then deletes all but keep_checkpoints of the newest, and the best."""
-    rng = [rng_state()]
-    if run.machine.world_size > 1:
-        rng = [None] * run.machine.world_size
-        dist.all_gather_object(rng, rng_state())
-    if run.machine.rank == 0:
+    rng = of_all(rng_state())
+    if RANK == 0:
         out = Path(run.config.out_dir)
         os.fsync(log.metrics.fileno())  # before a checkpoint says that these steps are done
         write_checkpoint(out / f"step_{run.step:06d}.pt", {**run.state(), "rng": rng})
-        # (0 keeps all: [-0:] is the whole list)
-        kept = {step_of(path) for path in checkpoints(out)[-run.config.keep_checkpoints:]}
-        if run.best:
-            kept.add(run.best["step"])
-        for path in checkpoints(out):
-            if step_of(path) not in kept:
+        for path in checkpoints(out)[:-run.config.keep_checkpoints]:  # (0 keeps all: [:-0] is [])
+            if not run.best or step_of(path) != run.best["step"]:
                 path.unlink()
     run.saved_step = run.step
 
@@ -646,15 +641,12 @@ class Machine:
     device: torch.device
     dtype: torch.dtype
     compile: bool
-    deterministic: bool = True
     reason: str = ""  # why these
-    rank: int = 0
-    world_size: int = 1
 
     @property
     def autocast(self):
         is_half = self.dtype != torch.float32
-        return torch.autocast(self.device.type, self.dtype) if is_half else nullcontext()
+        return torch.autocast(self.device.type, self.dtype, enabled=is_half)
 
     def fingerprint(self):
         """What the bits of a run depend on, besides its config and its data."""
@@ -665,13 +657,11 @@ class Machine:
                         "driver": collect_env.get_nvidia_driver_version(collect_env.run)}
         return {"torch": str(torch.__version__), **versions, "compile": self.compile,
                 "device": f"{self.device.type} ({name})", "dtype": str(self.dtype)[6:],
-                "deterministic": self.deterministic, "threads": torch.get_num_threads(),
-                "processes": self.world_size}
+                "threads": torch.get_num_threads(), "processes": WORLD_SIZE}
 
 
 def set_up_machine(config):
     """Chooses device, dtype and compilation, joins the other processes, makes sums repeatable."""
-    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     try:
         device, dtype, reason = pick_device(config.device, config.dtype)
     except ValueError as e:
@@ -683,15 +673,13 @@ def set_up_machine(config):
             torch.set_float32_matmul_precision("high")  # TF32, for the little that is not half
     if device.type == "cpu":
         keep_freed_memory()
-    if world_size > 1:
-        store, patience = None, timedelta(minutes=30)  # the first process may be preparing data
-        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
-            # torchrun's store outlives a restart, with the addresses of the dead (pytorch #135712).
-            address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-            store = dist.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"],
-                                     dist.TCPStore(address, port, timeout=patience))
-        dist.init_process_group("nccl" if on_gpu else "gloo", store=store, rank=rank,
-                                world_size=world_size, timeout=patience,
+    if WORLD_SIZE > 1:
+        patience = timedelta(minutes=30)  # the first process may be preparing data
+        store, *_ = next(dist.rendezvous("env://", timeout=patience))
+        # torchrun's store outlives a restart, with the addresses of the dead (pytorch #135712).
+        store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", ""), store)
+        dist.init_process_group("nccl" if on_gpu else "gloo", store=store, rank=RANK,
+                                world_size=WORLD_SIZE, timeout=patience,
                                 device_id=device if on_gpu else None)
     if config.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -700,8 +688,7 @@ def set_up_machine(config):
         torch.utils.deterministic.fill_uninitialized_memory = False
     problem = compiler_problem(device) if config.compile else "as asked"
     compiled = f"not compiled ({problem})" if problem else "compiled"
-    return Machine(device, dtype, problem is None, config.deterministic,
-                   f"{str(dtype)[6:]} ({reason}), {compiled}", rank, world_size)
+    return Machine(device, dtype, problem is None, f"{str(dtype)[6:]} ({reason}), {compiled}")
 
 
 # --------------------------------------------------------------------------------- the command line
@@ -709,27 +696,19 @@ def set_up_machine(config):
 fail = partial(prepare.fail, "train.py")  # code 1; 2 for what the user typed
 
 
-def read_value(f, text):
-    """text in the type of the config's field f. Raises argparse.ArgumentTypeError."""
-    kind, choices, value = f.type, f.metadata.get("choices"), None
-    with suppress(KeyError, ValueError, OverflowError):
-        if kind is bool:
-            value = {"true": True, "1": True, "false": False, "0": False}[text.lower()]
-        elif kind is not str:
-            value = kind(text)
-        elif text.isprintable():
-            value = os.path.expanduser(text)
-    if value is None:
-        problem = f"expected {kind.__name__}"
-    elif choices and value not in choices:
-        problem = f"expected one of {', '.join(choices)}"
-    elif not value and kind is not bool and not f.metadata.get("zero"):
-        problem = "must not be empty" if kind is str else "must be more than 0"
-    elif kind in (int, float) and not 0 <= value < 2**48:  # (not true of nan, too)
-        problem = "must be 0 or more, and less than 2**48"
-    else:
-        return value
-    raise argparse.ArgumentTypeError(f"{text!r}: {problem}")
+def typed_bool(text):
+    return {"true": True, "1": True, "false": False, "0": False}.get(text.lower(), text)
+
+
+def reader(f):
+    """The function that makes a value for the config's field f of a text, as argparse wants it."""
+    may_be_zero = f.metadata.get("zero")
+    if f.type is bool:
+        return typed_bool  # (choices refuse what it cannot read)
+    if f.type is str:
+        return os.path.expanduser if may_be_zero else prepare.typed_path
+    smallest = 1 if f.type is int else 1e-12
+    return prepare.number(f.type, 0 if may_be_zero else smallest, 2**48)
 
 
 def read_recipe(path):
@@ -737,11 +716,9 @@ def read_recipe(path):
     warnings.simplefilter("ignore", SyntaxWarning)  # what is wrong is said below, in one line
     try:
         tree = ast.parse(Path(path).read_text(encoding="utf-8"))
-    except OSError as e:
+    except (OSError, SyntaxError, ValueError, RecursionError, MemoryError) as e:
         hint = f"; did you mean --{path}?" if "=" in path else ""
-        fail(f"cannot read the recipe {path}: {e.strerror}{hint}", 2)
-    except (SyntaxError, ValueError, RecursionError, MemoryError) as e:
-        fail(f"the recipe {path} is not Python: {e}", 2)
+        fail(f"cannot read the recipe {path}: {prepare.first_line(e)}{hint}", 2)
     words = []
     for node in tree.body:
         value, targets = getattr(node, "value", None), getattr(node, "targets", [])
@@ -759,13 +736,13 @@ def parse_args(argv):
     those that argv sets; the other flags."""
     parser = prepare.new_parser("train.py", __doc__)
     parser.add_argument("recipe", nargs="?", help="a file of plain assignments to the keys below")
-    parser.add_argument("--resume", nargs="?", const=True, metavar="PATH", help="resume from the "
-                        "newest checkpoint in out_dir or the folder PATH, or from the file PATH; "
-                        "auto: if there is one")
+    parser.add_argument("--resume", nargs="?", const=True, type=prepare.typed_path,
+                        metavar="PATH", help="resume from the newest checkpoint in out_dir or the "
+                        "folder PATH, or from the file PATH; auto: if there is one")
     group = parser.add_argument_group("keys, here or in a recipe")
     for f in KEYS.values():
-        group.add_argument(f"--{f.name}", type=partial(read_value, f), default=argparse.SUPPRESS,
-                           metavar=f.type.__name__.upper(),
+        group.add_argument(f"--{f.name}", type=reader(f), default=argparse.SUPPRESS,
+                           choices=f.metadata.get("choices"), metavar=f.type.__name__.upper(),
                            help=f"{f.metadata['help']} [{f.default}]")
     args, rest = parser.parse_known_args(argv)
     typed = vars(args).keys()
@@ -774,18 +751,15 @@ def parse_args(argv):
         args, rest = parser.parse_known_args(argv)
     if rest:
         name = rest[0].lstrip("-").partition("=")[0]
-        near = difflib.get_close_matches(name, KEYS, 1) or ["help"]
-        is_key = rest[0].startswith("-") or "=" in rest[0]
-        hint = f"did you mean --{near[0]}?" if is_key else "after a recipe come --key=value"
+        near = difflib.get_close_matches(name, KEYS, 1)
+        hint = f"did you mean --{near[0]}?" if near else "--help lists what there is"
         fail(f"there is no option {rest[0]}: {hint}", 2)
     if str(args.resume).endswith(".py"):
         fail(f"--resume {args.resume}: that is a recipe; write train.py {args.resume} --resume", 2)
-    if args.resume == "":
-        fail("--resume: the path after it is empty", 2)
     return {name: getattr(args, name) for name in KEYS if hasattr(args, name)}, typed, args
 
 
-def check(config, world_size):
+def check(config, world_size=WORLD_SIZE):
     """Ends the program, naming all values that do not fit each other."""
     c, share = config, config.batch_size // world_size
     rules = {
@@ -814,11 +788,11 @@ def find_run(overrides, args):
     """(out, source): the folder of the run, and what to resume from (None: nothing)."""
     out = Path(overrides.get("out_dir", TrainConfig.out_dir))
     source = out if args.resume in (True, "auto") else None
-    if args.resume and not source:
-        source = Path(args.resume).expanduser()
+    if args.resume == "auto" and not checkpoints(out):
+        source = None
+    elif args.resume and not source:
+        source = Path(args.resume)
         folder = source if source.is_dir() else source.parent
-        if not source.exists() and source.name != "best":
-            fail(f"--resume={source}: there is no such file or folder", 2)
         if "out_dir" in overrides and folder.resolve() != out.resolve():
             fail(f"--resume={source} continues in {folder}, not in out_dir = {out}: give one", 2)
         out = folder
@@ -826,44 +800,52 @@ def find_run(overrides, args):
     foreign = [name for name in ours if (out / name).exists()]
     if foreign and not (out / "run.json").exists() and not checkpoints(out):
         fail(f"out_dir = {out} holds files of something else ({foreign[0]}): choose another", 2)
-    if args.resume == "auto" and not checkpoints(out):
-        source = None
     return out, source
 
 
 def load_run(out, source, overrides):
-    """(config, state): state is the checkpoint's dict, or None where a run is to start."""
-    if source is None and checkpoints(out):
+    """(config, model, state): model has the weights of init_from, state is a checkpoint's dict;
+    None where there is no such thing to begin from."""
+    base, model, state, fixed = TrainConfig(), None, None, []
+    if source:
+        try:
+            source, state = load_checkpoint(source)
+        except FileNotFoundError as e:
+            fail(f"--resume: {e}; python train.py config/smollm2.py starts a run", 2)
+        except ValueError as e:
+            fail(f"{e}: start a run in another --out_dir")
+        base, fixed = TrainConfig(**state["config"]), [*SIZES, "optimizer"]
+        show(f"resuming from {source} (step {state['step']})")
+    elif checkpoints(out):
         fail(f"{out} holds a run: continue it by --resume, choose another --out_dir, or delete it: "
              f"rm -r -- {shlex.quote(str(out))}", 2)
-    if source is None:
-        return TrainConfig(**overrides), None
-    try:
-        path, state = load_checkpoint(source)
-    except FileNotFoundError as e:
-        fail(f"--resume: {e}; python train.py config/smollm2.py starts a run", 2)
-    except ValueError as e:
-        fail(f"{e}: start a run in another --out_dir")
-    old = TrainConfig(**state["config"])
-    config = replace(old, **{**overrides, "out_dir": str(out)})
-    for name in (*SIZES, "optimizer"):
-        value, was = getattr(config, name), getattr(old, name)
+    elif source := overrides.get("init_from"):
+        try:
+            model = from_pretrained(source)
+        except ValueError as e:
+            fail(f"init_from: {e}")
+        base, fixed = TrainConfig(**asdict(model.config)), SIZES
+        if Path(source).is_dir():  # elsewhere its name could be one of the hub's
+            overrides = {**overrides, "init_from": str(Path(source).resolve())}
+    config = replace(base, **{**overrides, "out_dir": str(out)})
+    for name in fixed:
+        value, was = getattr(config, name), getattr(base, name)
         if value != was:
-            fail(f"{path} holds a run with {name} = {was}, not {value}: leave it out, or start a "
-                 "run in another --out_dir")
-    show(f"resuming from {path} (step {state['step']})")
-    return config, state
+            fail(f"{source} has {name} = {was}, not {value}: leave it out, or start another run in "
+                 "another --out_dir")
+    config.lr_decay_steps = config.lr_decay_steps or config.max_steps
+    return config, model, state
 
 
-def open_data(config, typed, state, machine):
+def open_data(config, typed, state):
     """Opens data_dir; makes the default one where it is missing. Ends the program if unfit."""
     folder = Path(config.data_dir)
-    is_missing = not (folder / "meta.json").exists()
+    is_default = folder == Path(prepare.DEFAULT_OUT_DIR)
     try:
-        if is_missing and machine.rank == 0 and folder == Path(prepare.DEFAULT_OUT_DIR):
+        if RANK == 0 and is_default and not (folder / "meta.json").exists():
             show(f"{folder} is missing: preparing it")
             prepare.prepare(prepare.parse_args([]))
-        if machine.world_size > 1:
+        if WORLD_SIZE > 1:
             dist.barrier()
         data = prepare.open_data(folder)
     except FileNotFoundError:
@@ -872,10 +854,10 @@ def open_data(config, typed, state, machine):
              f"prepare.py --input FILE --out_dir {shlex.quote(config.data_dir)}", 2)
     except ValueError as e:
         fail(f"{e}; make the data again with prepare.py")
-    largest, n, T = data.meta["vocab_size"] - 1, len(data.train), config.block_size
-    if largest >= config.vocab_size:
-        fail(f"{folder} has ids up to {largest}, but vocab_size = {config.vocab_size}: raise it, "
-             "or prepare with another tokenizer")
+    needed, n, T = data.meta["vocab_size"], len(data.train), config.block_size
+    if needed > config.vocab_size:
+        fail(f"{folder} needs vocab_size = {needed}, not {config.vocab_size}: raise it, or prepare "
+             "with another tokenizer")
     if n <= T or len(data.val) < 2:
         fail(f"{folder} has {n} training tokens, but block_size = {T} needs {T + 1}: lower it, or "
              "prepare more text")
@@ -890,15 +872,17 @@ def open_data(config, typed, state, machine):
     return data
 
 
+def conditions(state):
+    """What the bits of a run depend on, as a checkpoint's dict tells it."""
+    config = asdict(TrainConfig(**state["config"]))  # (a key that is new since has its default)
+    fixed = {name: config[name] for name, f in KEYS.items() if not f.metadata.get("free")}
+    return {**fixed, **state["machine"], "data": state["data"]["train"]}
+
+
 def report_changes(state, run):
     """Says what is no longer as the checkpoint had it, so that the bits cannot be the same."""
-    fixed = [name for name, f in KEYS.items() if not f.metadata.get("free")]
-    then = TrainConfig(**state["config"])  # (a key that is new since has its default)
-    old = {name: getattr(then, name) for name in fixed}
-    now = {name: getattr(run.config, name) for name in fixed}
-    old |= {**state["machine"], "data": state["data"]["train"]}
-    now |= {**run.machine.fingerprint(), "data": run.data.fingerprint()["train"]}
-    changes = [f"{name} {old.get(name)} → {value}" for name, value in now.items()
+    old, new = conditions(state), conditions(run.state())
+    changes = [f"{name} {old.get(name)} → {value}" for name, value in new.items()
                if old.get(name) != value]
     if changes:
         show(f"no longer the same run to the bit, since these differ: {', '.join(sorted(changes))}")
@@ -906,28 +890,14 @@ def report_changes(state, run):
 
 def set_up(out, source, overrides, typed):
     """The Run that the loop needs, as the checkpoint left it."""
-    config, state = load_run(out, source, overrides)
-    model = None
-    if config.init_from and not state:
-        try:
-            model = from_pretrained(config.init_from)
-        except ValueError as e:
-            fail(f"init_from: {e}")
-        sizes = {name: getattr(model.config, name) for name in SIZES}
-        for name in SIZES:
-            if overrides.get(name, sizes[name]) != sizes[name]:
-                fail(f"{name} = {overrides[name]}: init_from has {sizes[name]}", 2)
-        config = replace(config, **sizes)
-        if Path(config.init_from).is_dir():  # elsewhere its name could be one of the hub's
-            config = replace(config, init_from=str(Path(config.init_from).resolve()))
-    config = replace(config, lr_decay_steps=config.lr_decay_steps or config.max_steps)
-    check(config, int(os.environ.get("WORLD_SIZE", "1")))
+    config, model, state = load_run(out, source, overrides)
+    check(config)
     if state and state["step"] >= config.max_steps:
         show(f"the run is finished: step {state['step']} of {config.max_steps}. Longer: "
              f"{resume_command(out)} --max_steps={state['step'] + 1000}")
         raise SystemExit(0)
     machine = set_up_machine(config)
-    data = open_data(config, typed, state, machine)
+    data = open_data(config, typed, state)
     torch.manual_seed(config.seed)
     run = Run(config, model or SmolLM2(config), data, machine)
     if state:
@@ -936,19 +906,17 @@ def set_up(out, source, overrides, typed):
             run.load(state)
         except Exception as e:  # a stranger's file can be wrong in any way
             fail(f"the checkpoint does not hold a run: {e!r}")
-    if machine.world_size > 1:
-        mine = (run.step, data.fingerprint(), {**asdict(config), "out_dir": "", "data_dir": ""})
-        starts = [None] * machine.world_size
-        dist.all_gather_object(starts, mine)
-        if starts != [mine] * machine.world_size:
-            fail(f"the processes are at steps {[step for step, *_ in starts]}, or their data or "
-                 "settings differ: every machine needs the same command, data_dir and (to resume) "
-                 "out_dir")
+    mine = (run.step, data.fingerprint(), {**asdict(config), "out_dir": "", "data_dir": ""})
+    starts = of_all(mine)
+    if starts != [mine] * WORLD_SIZE:
+        fail(f"the processes are at steps {[step for step, *_ in starts]}, or their data or "
+             "settings differ: every machine needs the same command, data_dir and (to resume) "
+             "out_dir")
     if machine.compile:
-        is_one_pass = machine.world_size == 1 and config.micro_batch_size in (0, config.batch_size)
+        is_one_pass = WORLD_SIZE == 1 and config.micro_batch_size in (0, config.batch_size)
         tokens = config.batch_size * config.block_size if is_one_pass else None
         run.model.compile_for_training(tokens)
-    if machine.world_size > 1:
+    if WORLD_SIZE > 1:
         run.net = DistributedDataParallel(run.model, gradient_as_bucket_view=True)
     return run
 
@@ -956,30 +924,24 @@ def set_up(out, source, overrides, typed):
 def set_up_folder(out, run):
     """Readies out_dir for a run at run.step: recipe, tokenizer; later checkpoints are set aside."""
     config, tokenizer = run.config, run.data.folder / "tokenizer"
-    count = 2  # the best, and the one that is being written
-    if config.checkpoint_interval and config.keep_checkpoints:
-        count += config.keep_checkpoints
+    kept = config.keep_checkpoints if config.checkpoint_interval else 0
+    count = kept + 2  # the best, and the one that is being written
     need = count * checkpoint_size(run)
     free = shutil.disk_usage(out).free + sum(path.stat().st_size for path in checkpoints(out))
     if free < need:
         fail(f"up to {count} checkpoints at a time need {need / 1e9:.1f} GB, but {out} has room for"
              f" {free / 1e9:.1f}: free some, lower keep_checkpoints, or use another --out_dir")
-    for path in out.glob("step_*.tmp"):  # of a killed save
-        if path.stem[5:].isdecimal():
-            path.unlink()
     for path in checkpoints(out):
         if step_of(path) > run.step:
             (out / "superseded").mkdir(exist_ok=True)
             os.replace(path, out / "superseded" / path.name)
-    if tokenizer.is_dir() and not run.saved_step:
-        shutil.copytree(tokenizer, out / "tokenizer", dirs_exist_ok=True)
-    commit = None
-    with suppress(OSError):  # no git here
-        command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
-        commit = subprocess.run(command, capture_output=True, text=True).stdout.strip()
+    code = shlex.quote(str(Path(__file__).parent))
+    commit = subprocess.getoutput(f"git -C {code} rev-parse HEAD 2>{os.devnull}")  # "" without git
     facts = {"command": shlex.join(sys.argv), "config": asdict(config), "git": commit,
              "torch": str(torch.__version__), "python": sys.version.split()[0]}
     (out / "run.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+    if tokenizer.is_dir():  # (of a resumed run it is the same)
+        shutil.copytree(tokenizer, out / "tokenizer", dirs_exist_ok=True)
 
 
 def checkpoint_size(run):
@@ -992,7 +954,7 @@ def show_banner(run):
     epochs = config.max_steps * B / blocks_per_epoch(len(data.train), T)
     stand_in = f", STAND-IN {meta['stand_in']}" if meta["stand_in"] else ""
     show(f"""\
-device   {machine.device}, threads {torch.get_num_threads()}, processes {machine.world_size}, \
+device   {machine.device}, threads {torch.get_num_threads()}, processes {WORLD_SIZE}, \
 {machine.reason}
 data     {data.folder}{stand_in}: {len(data.train):,} training and {len(data.val):,} held-out tokens
          of {meta['source']}
@@ -1005,45 +967,33 @@ writes   {config.out_dir}/: checkpoints of {checkpoint_size(run) / 1e9:.2f} GB, 
 
 
 def resume_command(out):
-    return "python train.py --resume" + ("" if out == Path("out") else f"={shlex.quote(str(out))}")
+    return f"python train.py --resume={shlex.quote(str(out))}"
 
 
-def main(argv=None):
-    spare = os.open(os.devnull, os.O_RDWR)
-    while spare <= 2:  # a closed standard stream: no file of the run may take its number
-        spare = os.open(os.devnull, os.O_RDWR)
-    os.close(spare)
-    # Nothing that is printed can end a run: a closed pipe or a full disk loses lines, not steps.
-    sys.stdout, sys.stderr = prepare.Unbreakable(sys.stdout), prepare.Unbreakable(sys.stderr)
-    overrides, typed, args = parse_args(sys.argv[1:] if argv is None else list(argv))
-    is_first = os.environ.get("RANK", "0") == "0"
-    stop, log, run = Stop(), None, None
+def main(argv):
+    prepare.protect_streams()  # a closed pipe or a full disk loses lines, not steps
+    overrides, typed, args = parse_args(argv)
+    stop, log = Stop(), None
     out, source = find_run(overrides, args)
     again = resume_command(out)
     is_new = not out.exists()
     lock = filelock.FileLock(out / ".lock", timeout=0)  # until this process ends, however it ends
     try:
-        if is_first and out.exists():
+        if RANK == 0 and out.exists():
             lock.acquire()
         run = set_up(out, source, overrides, typed)
         stop.listen()
-        if is_first:
-            out.mkdir(parents=True, exist_ok=True)
-            lock.acquire()
+        if RANK == 0:
+            lock.acquire()  # (makes the folder)
             set_up_folder(out, run)
             show_banner(run)
             log = Log(run)
         train(run, log, stop)
     except filelock.Timeout:
         fail(f"another process is training in {out}: wait for it, or choose another --out_dir")
-    except FloatingPointError as e:
-        newest = (checkpoints(out) or ["none"])[-1]
-        fail(f"in step {run.step + 1} {e}: stopped before the weights were changed. Last good "
-             f"checkpoint: {newest}. Try a lower --learning_rate")
-    except OSError as e:
-        where = f": {e.filename}" if e.filename else ""
-        what_next = f". The checkpoints in {out} are whole: {again} continues from the newest"
-        fail(f"{e.strerror or e}{where}{what_next if checkpoints(out) else ''}")
+    except (FloatingPointError, OSError) as e:
+        saved = checkpoints(out)
+        fail(f"{e}. {saved[-1]} is whole: {again} continues from it" if saved else e)
     except (MemoryError, RuntimeError) as e:
         if stop.signum:  # Ctrl-C reaches the C++ compiler, too, and torchrun ends other processes
             fail(f"stopped within a step; {again} continues from the checkpoint before",
@@ -1052,24 +1002,20 @@ def main(argv=None):
             raise
         fail("out of memory: lower --micro_batch_size or --block_size")
     finally:
-        if lock.is_locked:
-            with suppress(OSError):
-                (out / ".lock").unlink()  # before the release: then nobody else can hold it
-            lock.release()
-        if is_first and is_new:
-            with suppress(OSError):
+        with suppress(OSError):
+            if lock.is_locked:
+                (out / ".lock").unlink()  # while it is held: then nobody else can hold it
+            if is_new:
                 out.rmdir()  # of a start that failed: if there is anything in it, it stays
-        if log:
-            log.bar.close()
-    code = 128 + (stop.signum or signal.SIGTERM) if stop.asked else 0
+    code = 0
     written = f"{out / f'step_{run.step:06d}.pt'} is written{hint_of_best(out, run.state())}"
-    if code:
+    if run.step < run.config.max_steps:
+        code = 128 + (stop.signum or signal.SIGTERM)  # (another process had the signal)
         show(f"stopped at step {run.step}; {written}. Resume with: {again}")
     else:
-        option = "" if out == Path("out") else f" --checkpoint {shlex.quote(str(out))}"
         show(f"done at step {run.step}; {written}. "
-             f"Next: python sample.py --prompt \"ROMEO:\"{option}")
-    if run.machine.world_size > 1:
+             f"Next: python sample.py --prompt \"ROMEO:\" --checkpoint {shlex.quote(str(out))}")
+    if WORLD_SIZE > 1:
         # An ending process waits for gloo's threads, which wait for Python: it would hang, or abort
         # (pytorch #190489).
         dist.barrier()
@@ -1078,4 +1024,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

@@ -438,7 +438,7 @@ def test_a_checkpoint_reaches_the_disk_before_its_name_and_the_name_after(finish
     monkeypatch.setattr(os, "fsync", lambda f: (calls.append(is_folder(f)), fsync(f)))
     monkeypatch.setattr(os, "replace", lambda a, b: (calls.append((a.name, b.name)), replace(a, b)))
     train.write_checkpoint(finished / "step_000009.pt", read(finished / "step_000008.pt"))
-    assert calls == [False, ("step_000009.tmp", "step_000009.pt"), True]  # file, name, folder
+    assert calls == [False, ("checkpoint.tmp", "step_000009.pt"), True]  # file, name, folder
 
 
 # ---- readers, terminals and folders ----
