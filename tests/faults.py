@@ -22,9 +22,9 @@ test_resume::test_a_checkpoint_reaches_the_disk_before_its_name_and_the_name_aft
   train: a checkpoint is not flushed to the disk | os.fsync(f.fileno()) | pass
   train: a checkpoint's name is not flushed | prepare.fsync(path.parent) | pass
   train: a checkpoint is written in place | path.with_suffix(".tmp") | path
-test_resume::test_where_the_newest_checkpoint_is_damaged_the_one_before_is_used
+test_torture::test_nothing_is_lost[checkpoints]
   train: the digest is not compared | if raw[-TAIL:].tobytes() != | if b"" ==
-test_resume::test_a_checkpoint_with_code_in_it_is_refused_and_does_not_run
+test_torture::test_nothing_is_lost[strangers]
   train: a checkpoint may hold code | weights_only=True | weights_only=False
 test_train::test_batches_are_consecutive_tokens_in_the_order_of_the_epochs_shared_by_all_processes
   train: a batch begins one token late | start:start + T + 1] | start + 1:start + T + 2]
@@ -85,14 +85,14 @@ test_resume::test_from_an_older_checkpoint_the_steps_repeat_and_later_files_are_
 test_resume::test_a_signal_saves_says_how_to_go_on_and_changes_no_bit
   train: a signal is not heeded | self.asked = self.asked or self.alone | pass
   train: a stopped run exits with 0 | raise SystemExit(code) | raise SystemExit(0)
-test_resume::test_a_second_process_in_the_same_out_dir_is_refused
+test_torture::test_nothing_is_lost[second]
   train: two processes write one run | lock.acquire() | pass
 test_resume::test_the_run_is_a_whole_whatever_became_of_its_data
   train: another tokenizer is taken | if old["tokenizer"] != new["tokenizer"]: | if False:
   sample: any tokenizer is taken | if digest.startswith(state["data"]["tokenizer"]): | if True:
-test_resume::test_other_data_are_refused_unless_named
+test_torture::test_nothing_is_lost[data]
   train: other data are taken | if old != new and "data_dir" | if False and "data_dir"
-test_resume::test_a_change_that_bends_the_run_is_made_and_named
+test_torture::test_nothing_is_lost[machine]
   train: changes of the run are not named | if changes: | if False:
 test_model::test_logits_equal_transformers_at_other_sizes
   model: eps is left out |  + self.eps) | )

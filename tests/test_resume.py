@@ -1,7 +1,6 @@
 """Exact resume: a run that was stopped, in any way, ends with the bits of one never stopped."""
 import fcntl
 import os
-import pickle
 import pty
 import random
 import re
@@ -27,7 +26,7 @@ import prepare
 import sample
 import train
 from tests.harness import (ROOT, RUN, Process, assert_refused, assert_same_bits, differences,
-                           expect_end, flip, is_saving, last_step, make_data, make_tokenizer,
+                           expect_end, is_saving, last_step, make_data, make_tokenizer,
                            metrics, read, resume_here, run_main, snapshot, start, train_here,
                            training, untimed, write_data)
 
@@ -178,17 +177,6 @@ def test_ctrl_c_before_the_first_step_ends_it_and_leaves_nothing(data, tmp_path)
     with Process(command, tmp_path, PYTHONPATH=str(ROOT)) as process:
         assert process.wait(60) == -signal.SIGINT and "train.py: " not in process.text
     assert not Path("out").exists()
-
-
-def test_a_second_process_in_the_same_out_dir_is_refused(data, run):
-    with training(Path.cwd(), data, "--max_steps=100000") as process:
-        process.until(at(6))
-        process.signal(signal.SIGSTOP)
-        for argv in ([], ["--resume"], ["--resume=auto"]):
-            refused(run("--max_steps=1", *argv), "another process", "out", "--out_dir", code=1)
-        assert run("--max_steps=1", "--out_dir=another").code == 0
-        process.kill()
-    assert run("--max_steps=1", "--resume").code == 0  # the lock goes with its process
 
 
 # ---- stopped anywhere; and what a loss looks like ----
@@ -370,64 +358,10 @@ def test_a_longer_run_keeps_the_learning_rate_horizon_and_other_intervals_are_no
     assert [path.name for path in train.checkpoints("out")] == ["step_000012.pt"]
 
 
-def test_a_change_that_bends_the_run_is_made_and_named(finished):
-    keys = ["--max_steps=10", "--batch_size=2", "--seed=7", "--dtype=bfloat16"]
-    result = run_main(train.main, "--resume", *keys, threads=2)
-    assert result.code == 0
-    line = next(line for line in result.out.splitlines() if "→" in line)
-    for change in ("batch_size 4 → 2", "seed 1337 → 7", "threads 1 → 2",
-                   "dtype float32 → bfloat16"):
-        assert change in line
-    assert "max_steps" not in line and read("out/step_000010.pt")["config"]["batch_size"] == 2
-    for steps, dtype in (11, "float16"), (12, "float32"):  # with a scaler, and without again
+def test_a_run_goes_on_in_fp16_and_out_of_it_again(finished):
+    for steps, dtype in (9, "float16"), (10, "float32"):  # with a scaler, and without
         result = resume(f"--max_steps={steps}", f"--dtype={dtype}")
         assert result.code == 0 and f"→ {dtype}" in result.out, result
-
-
-def test_other_data_are_refused_unless_named(finished, data):
-    write_data("other", range(1007))
-    state = read(finished / "step_000008.pt")
-    state["data"]["train"] = "0" * 16
-    train.write_checkpoint(finished / "step_000008.pt", state)
-    refused(resume("--max_steps=9"), "not the data", "--data_dir", code=1)
-    result = resume("--max_steps=9", f"--data_dir={data}")
-    assert result.code == 0 and "data 00000000" in result.out, result
-    refused(resume("--max_steps=10", "--data_dir=other"), "another tokenizer", code=1)
-
-
-# ---- damaged checkpoints ----
-
-
-DAMAGES = {"a byte short": lambda path: os.truncate(path, path.stat().st_size - 1),
-           "empty": lambda path: os.truncate(path, 0),
-           "another file": lambda path: path.write_bytes(b"<html>404</html>" * 100),
-           "a bit of the weights": lambda path: flip(path, 100_000),
-           "a bit of the digest": lambda path: flip(path, -1)}
-
-
-@pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
-def test_where_the_newest_checkpoint_is_damaged_the_one_before_is_used(
-        damage, finished, eight_steps):
-    damage(finished / "step_000008.pt")
-    result = resume()
-    assert result.code == 0 and "step_000006.pt" in result.out, result
-    named = [line for line in result.err.splitlines() if "step_000008.pt is damaged" in line]
-    assert len(named) == 1, result.err
-    assert_same_end(finished, eight_steps)
-
-
-class Hostile:
-    def __reduce__(self):
-        return os.mkdir, ("ran",)
-
-
-def test_a_checkpoint_with_code_in_it_is_refused_and_does_not_run(finished):
-    for path in train.checkpoints(finished):
-        train.write_checkpoint(path, {**read(path), "more": Hostile()})
-    for result in (resume(), resume(out="out/step_000008.pt")):
-        expect_end(result, [1])
-        assert "refused" in result.err and not Path("ran").exists()
-    assert pickle.loads(pickle.dumps(Hostile())) is None and Path("ran").exists()  # it would have
 
 
 def test_a_checkpoint_reaches_the_disk_before_its_name_and_the_name_after(finished, monkeypatch):
