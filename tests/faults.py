@@ -14,7 +14,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 # A test, and below it the faults that it notices: script: what is wrong | the code | the fault
 TABLE = r"""
-test_resume::test_a_run_that_draws_from_the_generators_resumes_to_the_bit
+test_resume::test_stops_anywhere_in_epochs_and_schedule_change_no_bit
   train: torch's generator is not restored | torch.set_rng_state(state["torch"]) | pass
   train: NumPy's generator is not restored | np.random.set_state(state["numpy"]) | pass
   train: Python's generator is not restored | random.setstate(state["python"]) | pass
@@ -74,7 +74,7 @@ test_train::test_the_best_held_out_loss_is_kept_and_named
   train: the best checkpoint is deleted | kept.add(run.best["step"]) | pass
 test_train::test_the_newest_checkpoints_are_kept
   train: the one before the newest is deleted | [-run.config.keep_checkpoints:] | [-1:]
-test_resume::test_other_dtypes_and_optimizers_resume_to_the_bit
+test_resume::test_stops_anywhere_in_epochs_and_schedule_change_no_bit
   train: the loss scale starts again on resume | self.scaler.load_state_dict( | dict(
 test_resume::test_from_an_older_checkpoint_the_steps_repeat_and_later_files_are_set_aside
   train: steps beyond the checkpoint stay in metrics.jsonl | int(step[1]) > run.step | False
