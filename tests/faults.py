@@ -82,7 +82,7 @@ test_resume::test_a_checkpoint_copied_alone_resumes_and_no_step_is_logged_twice
   train: rows are counted, not read | int(step[1]) > run.step | size > 99 * run.step
 test_resume::test_from_an_older_checkpoint_the_steps_repeat_and_later_files_are_set_aside
   train: later checkpoints are not set aside | if step_of(path) > run.step: | if False:
-test_resume::test_a_signal_saves_says_how_to_go_on_and_changes_no_bit
+test_torture::test_nothing_is_lost[signals]
   train: a signal is not heeded | self.asked = self.asked or self.alone | pass
   train: a stopped run exits with 0 | raise SystemExit(code) | raise SystemExit(0)
 test_torture::test_nothing_is_lost[second]

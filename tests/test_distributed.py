@@ -95,7 +95,8 @@ def test_killed_and_then_stopped_by_a_signal_to_one_both_end_with_the_same_bits(
         both[0].until(lambda: last_step(out) >= 24)
         both[1].signal(signal.SIGTERM)
         assert [p.wait(60) for p in both] == [143, 143]
-        assert intact(out)[-1] in both[0].text.splitlines()[-1]
+        last = both[0].text.splitlines()[-1]
+        assert intact(out)[-1] in last and "Resume with: python train.py --resume" in last
     assert 24 <= last_step(out) == train.step_of(train.checkpoints(out)[-1]) < STEPS
     text, _ = run_two(tmp_path, keys(data))
     assert "resuming from" in text and "→" not in text

@@ -39,10 +39,6 @@ def run(data):
     return lambda *argv: train_here(data, "out", *argv)
 
 
-def resume(*argv, out="out"):
-    return resume_here(out, *argv)
-
-
 def refused(result, *fragments, code=2):
     assert_refused(result, "train.py", *fragments, code=code)
 
@@ -124,20 +120,6 @@ def test_n_steps_equal_k_steps_sigkill_and_the_rest_to_the_bit(keys, instants, d
         path.unlink()
 
 
-@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_saves_says_how_to_go_on_and_changes_no_bit(signum, data, run):
-    with training(Path.cwd(), data, "--max_steps=60") as process:
-        process.until(at(12))
-        process.signal(signum)
-        assert process.wait(60) == 128 + signum
-        text, step = process.text, last_step("out")
-    assert "Traceback" not in text and "python train.py --resume" in text.splitlines()[-1], text
-    assert train.checkpoints("out")[-1].name == f"step_{step:06d}.pt" and step < 60
-    assert resume().code == 0
-    assert run("--max_steps=60", "--out_dir=whole").code == 0
-    assert_same_end("whole", "out")
-
-
 def test_a_log_has_each_line_in_time_and_a_second_ctrl_c_leaves_at_once(data):
     slow_steps = ["--batch_size=512", "--micro_batch_size=1"]
     with training(Path.cwd(), data, *slow_steps) as process:
@@ -189,27 +171,18 @@ def short(tmp_path):
 
 @pytest.fixture
 def starts(monkeypatch):
-    """The places of all sequences that are trained on, in write_data's ranges."""
+    """The places of all sequences that are trained on, in write_data's ranges.
+
+    The training draws from every generator, as dropout or augmentation would."""
     found, real = [], train.get_batch
 
     def get_batch(*args):
         x, y = real(*args)
         found.extend(x[:, 0].tolist())
-        return x, y
-    monkeypatch.setattr(train, "get_batch", get_batch)
-    return found
-
-
-@pytest.fixture
-def noise(monkeypatch):
-    """Training that draws from every generator, as dropout or augmentation would."""
-    real = train.get_batch
-
-    def get_batch(*args):
-        x, y = real(*args)
         drawn = torch.randint(100, x.shape) + random.randrange(100) + np.random.randint(100)
         return (x + drawn) % 200, y
     monkeypatch.setattr(train, "get_batch", get_batch)
+    return found
 
 
 STOPS = {  # the steps after which it is stopped, and what else is asked for
@@ -221,17 +194,16 @@ STOPS = {  # the steps after which it is stopped, and what else is asked for
 
 
 @pytest.mark.parametrize("steps, keys", STOPS.values(), ids=STOPS)
-def test_stops_anywhere_in_epochs_and_schedule_change_no_bit(steps, keys, run, short, noise):
+def test_stops_anywhere_in_epochs_and_schedule_change_no_bit(steps, keys, run, short, starts):
     """Nor do they change what is drawn from the generators, or a gradient scaler's state."""
     keys = [*short, "--weight_decay=0.3", "--beta2=0.8", "--grad_clip=0.5", *keys.split()]
     assert run(*keys, "--max_steps=12", "--out_dir=whole").code == 0
     assert run(*keys, f"--max_steps={steps[0]}").code == 0
     for step in (*steps[1:], 12):
-        result = resume(f"--max_steps={step}")
+        result = resume_here("out", f"--max_steps={step}")
         assert is_same_run(result), result
     assert_same_end("whole", "out")
-    state = read("out/step_000012.pt")
-    assert (state["epoch"], state["sequence"]) == (4, 0)
+    assert starts[48:] == starts[:48] and len(set(starts[:12])) == 12  # a batch of 4, 12 blocks
 
 
 OTHER_GENERATOR = torch.Generator().manual_seed(1).get_state()
@@ -241,13 +213,13 @@ LOSSES = {"optimizer": lambda state: state["optimizer"].update(state={}),
 
 
 @pytest.mark.parametrize("lose", LOSSES.values(), ids=LOSSES)
-def test_control_a_resume_with_a_part_of_its_state_lost_is_seen(lose, run, noise, short):
+def test_control_a_resume_with_a_part_of_its_state_lost_is_seen(lose, run, short, starts):
     assert run(*short, "--max_steps=8", "--out_dir=whole").code == 0
     assert run(*short, "--max_steps=4").code == 0
     state = train.read_checkpoint(Path("out/step_000004.pt"))
     lose(state)
     train.write_checkpoint(Path("out/step_000004.pt"), state)
-    assert is_same_run(resume("--max_steps=8"))  # it cannot know
+    assert is_same_run(resume_here("out", "--max_steps=8"))  # it cannot know
     weights = [read(f"{out}/step_000008.pt")["model"] for out in ("whole", "out")]
     assert differences(*weights) and untimed("whole")[4:] != untimed("out")[4:]
 
@@ -266,8 +238,8 @@ def test_tokens_and_the_place_in_the_data_stay_true_when_the_batch_size_changes(
     n, T = 29 * 64, 64  # an epoch of 28 blocks
     keys = [f"--data_dir={write_data('data', range(n), vocab_size=2048)}", f"--block_size={T}"]
     assert run(*keys, "--max_steps=4", "--batch_size=2").code == 0
-    assert resume("--max_steps=8", "--batch_size=4").code == 0
-    assert resume("--max_steps=12", "--batch_size=1").code == 0
+    assert resume_here("out", "--max_steps=8", "--batch_size=4").code == 0
+    assert resume_here("out", "--max_steps=12", "--batch_size=1").code == 0
     tokens = {line["step"]: line["tokens"] for line in metrics("out")}
     assert [tokens[step] for step in (4, 5, 8, 9, 12)] == [512, 768, 1536, 1600, 1792]
     assert starts == list(train.epoch_order(1337, 0, n, T)) and len(set(starts)) == 28
@@ -275,7 +247,7 @@ def test_tokens_and_the_place_in_the_data_stay_true_when_the_batch_size_changes(
 
 def test_another_block_size_begins_an_epoch_anew(run, short, starts):
     assert run(*short, "--max_steps=2").code == 0
-    result = resume("--max_steps=3", "--block_size=32")
+    result = resume_here("out", "--max_steps=3", "--block_size=32")
     assert result.code == 0 and "block_size 16 → 32" in result.out
     assert starts[8:] == list(train.epoch_order(1337, 1, 13 * 16, 32)[:4])
 
@@ -283,9 +255,9 @@ def test_another_block_size_begins_an_epoch_anew(run, short, starts):
 def test_a_run_goes_on_in_another_place_with_its_data_in_another(finished, data):
     finished.rename("other")
     shutil.copytree(data, "moved")
-    assert is_same_run(resume("--max_steps=9", "--data_dir=moved", out="other"))
+    assert is_same_run(resume_here("other", "--max_steps=9", "--data_dir=moved"))
     assert last_step("other") == 9 and not Path("out").exists()
-    refused(resume("--out_dir=o2", out="other"), "other", "o2")
+    refused(resume_here("other", "--out_dir=o2"), "other", "o2")
 
 
 # ---- what --resume does, and not ----
@@ -295,7 +267,7 @@ def test_from_an_older_checkpoint_the_steps_repeat_and_later_files_are_set_aside
         finished, eight_steps):
     with open(finished / "metrics.jsonl", "ab") as f:
         f.write(b'{"step": 9, "lo')  # torn by a kill
-    assert resume(out="out/step_000004.pt").code == 0
+    assert resume_here("out/step_000004.pt").code == 0
     assert_same_end(finished, eight_steps)
     aside = sorted(path.name for path in (finished / "superseded").iterdir())
     assert aside == ["step_000006.pt", "step_000008.pt"]
@@ -316,7 +288,7 @@ def test_a_checkpoint_copied_alone_resumes_and_no_step_is_logged_twice(finished)
 
 def test_a_finished_run_stays_as_it_is(finished, run):
     before = snapshot(finished)
-    for result in (resume(), run("--resume=auto", "--max_steps=8")):
+    for result in (resume_here("out"), run("--resume=auto", "--max_steps=8")):
         assert result.code == 0 and "finished" in result.out and "--max_steps=" in result.out
     refused(run(), "out holds a run", "--resume", "--out_dir", "rm -r -- out")
     assert snapshot(finished) == before
@@ -327,7 +299,8 @@ def test_a_longer_run_keeps_the_learning_rate_horizon_and_other_intervals_are_no
     state = read(finished / "step_000008.pt")
     del state["config"]["grad_clip"]  # as if train.py had it only since then
     train.write_checkpoint(finished / "step_000008.pt", state)
-    assert is_same_run(resume("--max_steps=12", "--eval_interval=6", "--keep_checkpoints=1"))
+    keys = ["--max_steps=12", "--eval_interval=6", "--keep_checkpoints=1"]
+    assert is_same_run(resume_here("out", *keys))
     lines = untimed(finished)
     assert lines[:8] == untimed(eight_steps)
     assert [line["step"] for line in lines[8:]] == [9, 10, 11, 12] and "val_loss" in lines[11]
@@ -337,7 +310,7 @@ def test_a_longer_run_keeps_the_learning_rate_horizon_and_other_intervals_are_no
 
 def test_a_run_goes_on_in_fp16_and_out_of_it_again(finished):
     for steps, dtype in (9, "float16"), (10, "float32"):  # with a scaler, and without
-        result = resume(f"--max_steps={steps}", f"--dtype={dtype}")
+        result = resume_here("out", f"--max_steps={steps}", f"--dtype={dtype}")
         assert result.code == 0 and f"→ {dtype}" in result.out, result
 
 
@@ -396,7 +369,7 @@ def test_a_path_is_a_shells_and_what_is_printed_can_be_pasted(run, monkeypatch):
     done = run("--out_dir=~/it's & \"mine\"/", "--max_steps=1")
     script, *argv = shlex.split(done.out.partition("Next: python ")[2].splitlines()[0])
     assert script == "sample.py" and run_main(sample.main, *argv, "--max_new_tokens=1").code == 0
-    done = resume(out="it's & \"mine\"")
+    done = resume_here("it's & \"mine\"")
     script, *argv = shlex.split(done.out.partition("Longer: python ")[2].splitlines()[0])
     assert script == "train.py" and run_main(train.main, *argv, "--max_steps=2").code == 0
 
@@ -418,13 +391,13 @@ def test_the_run_is_a_whole_whatever_became_of_its_data(data, run, monkeypatch):
     assert run_main(prepare.main, *argv).code == 0
     assert sampled() == wanted
     for argv in ([], ["--data_dir=data"]):
-        refused(resume("--max_steps=4", *argv), "another tokenizer", code=1)
+        refused(resume_here("out", "--max_steps=4", *argv), "another tokenizer", code=1)
     Path("out/tokenizer").rename("kept")
     assert sampled().code == 1  # the data's is another, and not taken
     Path("kept").rename("out/tokenizer")
     shutil.rmtree("data")
     assert sampled() == wanted
-    refused(resume("--max_steps=4"), "no prepared data")
+    refused(resume_here("out", "--max_steps=4"), "no prepared data")
     shutil.copytree(data, "data")
     shutil.rmtree("out/tokenizer")
     assert sampled() == wanted  # the data's fits: an older run, or a checkpoint copied alone
