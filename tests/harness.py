@@ -156,6 +156,12 @@ class Process:
         return Result(self.wait(timeout), "", self.text)
 
 
+def free_port():
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return str(s.getsockname()[1])
+
+
 def proc(pid, name):
     """What Linux tells of a process, which may be gone."""
     with contextlib.suppress(OSError):

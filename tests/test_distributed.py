@@ -2,22 +2,15 @@
 import contextlib
 import os
 import signal
-import socket
 
 import pytest
 
 import train
-from tests.harness import (ROOT, RUN, Process, descendants, differences, expect, intact, last_step,
-                           lost_bits, make_data, metrics, proc, train_here)
+from tests.harness import (ROOT, RUN, Process, descendants, differences, expect, free_port, intact,
+                           last_step, lost_bits, make_data, metrics, proc, train_here)
 
 STEPS = 40
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-
-
-def free_port():
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return str(s.getsockname()[1])
 
 
 def keys(data, *more, out="out"):

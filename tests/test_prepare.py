@@ -325,15 +325,11 @@ def test_nothing_that_is_printed_ends_the_work(stand_in):
 
 
 @pytest.mark.parametrize("size", [2000, 600_000])  # too small for the tokenizer, for train.bin
-def test_a_full_disk_costs_one_line_and_no_data(run, prepared, size):
+def test_a_full_disk_costs_one_line_and_no_data(prepared, stand_in, size):
     write("long.txt", "12345\n" * 60_000)
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
-    try:
-        result = run("--input", "long.txt")
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    expect_end(result, [1], "File too large")
+    command = [ROOT / "prepare.py", "--input", "long.txt", "--tokenizer", stand_in]
+    with Process(command, Path.cwd(), [(resource.RLIMIT_FSIZE, (size, size))]) as process:
+        expect_end(process.end(), [1], "File too large")
     assert snapshot("data") == prepared
 
 

@@ -76,10 +76,8 @@ def test_a_folder_in_hugging_faces_format_gives_the_greedy_tokens_of_transformer
 
 
 def test_several_samples_are_several_texts(trained):
-    out = text(trained, "And", "--num_samples=3", "--max_new_tokens=20") + "\n"
-    empty, *texts = out.split("--- ")
-    assert empty == "" and [t[:5] for t in texts] == ["1\nAnd", "2\nAnd", "3\nAnd"]
-    assert len({t[2:] for t in texts}) == 3
+    _, *texts = text(trained, "And", "--num_samples=3", "--max_new_tokens=20").split("--- ")
+    assert len(texts) == len({t[2:].strip() for t in texts}) == 3  # each after its number
 
 
 def test_stop_ends_before_the_text(trained):

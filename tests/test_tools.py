@@ -5,7 +5,6 @@ import os
 import re
 import shlex
 import shutil
-import socket
 import subprocess
 import sys
 import venv
@@ -18,8 +17,8 @@ import torch
 import sample
 import train
 from model import SmolLM2Config, from_pretrained
-from tests.harness import (ROOT, TINY, Process, assert_refused, expect_end, metrics, run_main,
-                           snapshot)
+from tests.harness import (ROOT, TINY, Process, assert_refused, expect_end, free_port, metrics,
+                           run_main, snapshot)
 from tools import bench, demo, export, plot, space, tensorboard
 
 HARD_TEXTS = [
@@ -327,31 +326,6 @@ def test_demo_has_a_message_for_a_bad_value_and_clears_the_old_text(
     assert shown[-1][:5] == ("", "", "", "", "") and not shown[-1][5].visible
 
 
-@pytest.fixture(scope="module")
-def demo_url(run_dir, tmp_path_factory):
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    command = ["-m", "tools.demo", "--port", port, "--checkpoint", run_dir]
-    with Process(command, tmp_path_factory.mktemp("page"), PYTHONPATH=str(ROOT)) as process:
-        process.until(lambda: "open http" in process.text)
-        yield f"http://127.0.0.1:{port}"
-
-
-@pytest.mark.slow
-@needs("gradio")
-def test_programs_call_generate(demo_url, run_dir):
-    from gradio_client import Client
-    client, file = Client(demo_url, verbose=False), str(train.checkpoints(run_dir)[-1])
-    text = client.predict(checkpoint=file, prompt="To be", length=20, temperature=0,
-                          api_name="/generate")
-    done = run_main(sample.main, "--checkpoint", file, "--prompt=To be", "--max_new_tokens=20",
-                    "--temperature=0")
-    assert f"To be{text}\n" == done.out
-    with pytest.raises(Exception, match="no x"):
-        client.predict(checkpoint="x", prompt="", api_name="/generate")
-
-
 def test_a_space_is_a_new_folder_and_tells_nothing_of_this_machine(run_dir):
     done = run_main(space.main, "sp ace", run_dir)
     assert done.code == 0 and shlex.split(done.out.splitlines()[-1])[-1] == "sp ace"
@@ -366,28 +340,40 @@ def test_a_space_is_a_new_folder_and_tells_nothing_of_this_machine(run_dir):
 
 @pytest.mark.slow
 @needs("gradio")
-def test_a_space_starts_from_the_folder_that_one_command_writes(exported, tmp_path):
+def test_a_space_starts_from_its_folder_and_programs_call_generate(run_dir, tmp_path):
     import gradio
     from gradio_client import Client
-    folder = tmp_path / "space"
-    assert run_main(space.main, folder, exported).code == 0
+    folder, file = tmp_path / "space", f"{run_dir.name}/step_000012.pt"
+    assert run_main(space.main, folder, run_dir).code == 0
     assert f"sdk_version: {gradio.__version__}" in (folder / "README.md").read_text()
     needed = (folder / "requirements.txt").read_text().split()
     assert [line.partition("==")[0] for line in needed] == ["torch", "transformers", "numpy"]
-    with Process(["app.py"], folder, GRADIO_SERVER_PORT="7979") as process:
+    port = free_port()
+    with Process(["app.py"], folder, GRADIO_SERVER_PORT=port) as process:
         process.until(lambda: "open http" in process.text)
-        client = Client("http://127.0.0.1:7979", verbose=False)
-        assert client.predict(checkpoint="bard", prompt="To be", length=9, api_name="/generate")
+        client = Client(f"http://127.0.0.1:{port}", verbose=False)
+        text = client.predict(checkpoint=file, prompt="To be", length=20, temperature=0,
+                              api_name="/generate")
+        with pytest.raises(Exception, match="no x"):
+            client.predict(checkpoint="x", prompt="", api_name="/generate")
+    done = run_main(sample.main, "--checkpoint", run_dir, "--prompt=To be", "--max_new_tokens=20",
+                    "--temperature=0")
+    assert f"To be{text}\n" == done.out
 
 
 @pytest.mark.slow
 @needs("gradio")
 @pytest.mark.skipif(not CHROMIUM, reason="no Chromium is installed: apt-get install chromium")
-def test_demo_in_a_browser(demo_url):
+def test_demo_in_a_browser(run_dir, tmp_path):
     """Text streams; two side by side; they stop, and one goes on; nothing comes from elsewhere."""
     playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
     flags = ["--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run"]
-    with playwright.sync_playwright() as p:
+    port = free_port()
+    demo_url = f"http://127.0.0.1:{port}"
+    command = ["-m", "tools.demo", "--port", port, "--checkpoint", run_dir]
+    with (Process(command, tmp_path, PYTHONPATH=str(ROOT)) as process,
+          playwright.sync_playwright() as p):
+        process.until(lambda: "open http" in process.text)
         page = p.chromium.launch(executable_path=CHROMIUM, args=flags).new_page()
         page.set_default_timeout(60_000)
         asked = []
@@ -402,6 +388,8 @@ def test_demo_in_a_browser(demo_url):
             page.keyboard.press("Tab")
 
         page.goto(demo_url)
+        page.wait_for_function("document.querySelector('#checkpoint input')?.value")  # it is loaded
+        fill_length(1000)  # long enough to be seen on the way
         page.fill("#prompt textarea", "To be, or not")
         page.press("#prompt textarea", "Control+Enter")
         wait("tokens")
