@@ -3,7 +3,6 @@ import json
 import math
 import os
 import shutil
-import types
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -85,7 +84,6 @@ def test_the_command_line_wins_over_the_recipe_and_the_recipe_over_the_defaults(
     ("--hidden_size=34 --min_lr=3", "hidden_size 34 min_lr 3.0"),  # all at once
     ("--dtype=int8", "dtype 'int8' float16"),
     ("--device=tpu9", "device 'tpu9'"),
-    ("--learning_rate=1e-5 --min_lr=3e-4", "min_lr 0.0003 learning_rate 1e-05"),
     ("--block_size=300", "block_size 300 max_position_embeddings 256"),
     ("--micro_batch_size=3", "micro_batch_size 3"),
     ("none.py", "none.py"),
@@ -95,7 +93,6 @@ def test_the_command_line_wins_over_the_recipe_and_the_recipe_over_the_defaults(
     ("max_stepz = 5\n", "max_steps?"),
     ("seed = 1\nimport os\nos.mkdir('ran')\n", "r.py 2"),
     ("batch_size = __import__('os').mkdir('ran')\n", "r.py 1"),
-    ("batch_size = = 4\n", "r.py"),
     ("batch_size = 4and\n", "r.py"),  # Python itself would warn, in a line of its own
 ])
 def test_what_one_types_wrong_is_one_line_and_exit_2(typed, words):
@@ -147,9 +144,7 @@ def test_the_order_and_the_cuts_change_from_epoch_to_epoch_and_reach_everything(
 
 
 def test_batches_are_consecutive_tokens_in_the_order_of_the_epochs_shared_by_all_processes():
-    config = TrainConfig(batch_size=6, block_size=16, seed=7)
-    run = types.SimpleNamespace(config=config, data=NUMBERS, machine=CPU,
-                                step=0, epoch=0, sequence=0, tokens=0)
+    run = new_run(NUMBERS, batch_size=6, seed=7)
     starts, random_state = [], torch.get_rng_state()
     for _ in range(20):
         x, y = get_batch(run)
@@ -162,7 +157,7 @@ def test_batches_are_consecutive_tokens_in_the_order_of_the_epochs_shared_by_all
         run.machine = CPU
         assert torch.equal(torch.cat(parts), x)
         starts += x[:, 0].tolist()
-        Run.advance(run)
+        run.advance()
     order = [*epoch_order(7, 0, 1007, 16), *epoch_order(7, 1, 1007, 16)]
     assert starts == order[:120] and len(order) == 122  # one batch straddles the two epochs
     assert torch.equal(random_state, torch.get_rng_state())  # they depend on the seed alone
