@@ -420,6 +420,22 @@ def snapshot(folder):
     return {str(path.relative_to(folder)): path.read_bytes() for path in paths}
 
 
+def watch_disk(monkeypatch):
+    """A list that gets the name of each file and folder flushed, and (old, new) of each renamed."""
+    events, fsync = [], os.fsync
+
+    def fsync_seen(handle):
+        events.append(Path(os.readlink(f"/proc/self/fd/{handle}")).name)
+        fsync(handle)
+    monkeypatch.setattr(os, "fsync", fsync_seen)
+    for name in ("rename", "replace"):
+        def rename_seen(old, new, real=getattr(os, name)):
+            events.append((Path(old).name, Path(new).name))
+            real(old, new)
+        monkeypatch.setattr(os, name, rename_seen)
+    return events
+
+
 # ---- what a run leaves ----
 
 

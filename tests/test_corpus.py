@@ -8,11 +8,10 @@ from pathlib import Path
 import pytest
 
 import prepare
-from tests.harness import assert_refused, run_main
+from tests.harness import END, assert_refused, run_main
 from test_prepare import encode_whole, snapshot, stand_in, texts_of, write  # noqa: F401
 from tools import corpus
 
-END = "<|endoftext|>"
 WORDS = "The quick brown fox jumps over the lazy dog; it's 42 times, they said.".split()
 
 

@@ -3,6 +3,7 @@ import copy
 import json
 import re
 from dataclasses import asdict
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -264,19 +265,16 @@ def test_the_cache_changes_no_token_in_hundreds_and_hardly_a_logit(
         kv_heads, B, T, n, dtype, tolerance, monkeypatch):
     """The cache lies in blocks of 64 positions."""
     m, prompt = lively(small(num_key_value_heads=kv_heads)).to(dtype), some_ids(B, T)
-    logits, real = [], M.sample_token
-
-    def seen(found, **sampling):
-        logits.append(found.float())
-        return real(found, **sampling)
-    monkeypatch.setattr(M, "sample_token", seen)
+    sampling = Mock(wraps=M.sample_token)
+    monkeypatch.setattr(M, "sample_token", sampling)
     tokens = list(generate(m, prompt, n, temperature=0))
+    logits = torch.stack([call.args[0].float() for call in sampling.call_args_list], dim=1)
     if dtype == torch.float32:
         assert_greedy(m, prompt, tokens)
     with torch.no_grad():
-        expected = m.float()(torch.cat((prompt, torch.stack(tokens, dim=1)), dim=1))[0]
-    expected = expected[:, T - 1:-1]
-    error = (torch.stack(logits, dim=1) - expected).abs().max() / expected.std()
+        text = torch.cat((prompt, torch.stack(tokens, dim=1)), dim=1)
+        expected = m.float()(text)[0][:, T - 1:-1]
+    error = (logits - expected).abs().max() / expected.std()
     assert error.item() < tolerance
 
 

@@ -21,7 +21,7 @@ from filelock import FileLock
 
 import prepare
 from tests.harness import (ROOT, Process, assert_refused, expect_end, flip, run_main, run_script,
-                           seal)
+                           seal, watch_disk)
 
 PROSE = "The quick brown fox jumps over the lazy dog; it's 42 times, they said.\n" * 40
 GOLDEN = "1895d231cbeb99f9f1323205e5a2da9471553a0960d16d5a3a685d9dac4e4729"  # of the real ids
@@ -343,15 +343,9 @@ def test_a_second_one_on_the_same_folder_is_refused(run):
 
 @pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="Linux tells which file is flushed")
 def test_every_file_reaches_the_disk_before_the_folder_takes_its_name(run, monkeypatch):
-    events, fsync, rename = [], os.fsync, os.rename
-
-    def fsync_seen(handle):
-        events.append(Path(os.readlink(f"/proc/self/fd/{handle}")).name)
-        fsync(handle)
-    monkeypatch.setattr(os, "fsync", fsync_seen)
-    monkeypatch.setattr(os, "rename", lambda *names: (events.append("RENAMED"), rename(*names)))
+    events = watch_disk(monkeypatch)
     assert run("--input", write("good.txt", PROSE)).code == 0
-    at = events.index("RENAMED")
+    at = events.index((".shakespeare.new", "shakespeare"))
     files = [path.name for path in Path("data/shakespeare").rglob("*")]
     assert len(files) > 4 and set(events[:at]) >= {*files, ".shakespeare.new"}
     assert events[at + 1:] == ["data"]

@@ -8,7 +8,6 @@ import shlex
 import shutil
 import signal
 import socket
-import stat
 import subprocess
 import sys
 import termios
@@ -26,7 +25,7 @@ import train
 from tests.harness import (ROOT, RUN, Process, assert_refused, assert_same_bits, differences,
                            expect_end, is_saving, last_step, make_data, make_tokenizer,
                            metrics, read, resume_here, run_main, snapshot, start, train_here,
-                           training, untimed, write_data)
+                           training, untimed, watch_disk, write_data)
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
@@ -314,15 +313,11 @@ def test_a_run_goes_on_in_fp16_and_out_of_it_again(finished):
         assert result.code == 0 and f"→ {dtype}" in result.out, result
 
 
+@pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="Linux tells which file is flushed")
 def test_a_checkpoint_reaches_the_disk_before_its_name_and_the_name_after(finished, monkeypatch):
-    calls, fsync, replace = [], os.fsync, os.replace
-
-    def is_folder(f):
-        return stat.S_ISDIR(os.fstat(f).st_mode)
-    monkeypatch.setattr(os, "fsync", lambda f: (calls.append(is_folder(f)), fsync(f)))
-    monkeypatch.setattr(os, "replace", lambda a, b: (calls.append((a.name, b.name)), replace(a, b)))
+    events = watch_disk(monkeypatch)
     train.write_checkpoint(finished / "step_000009.pt", read(finished / "step_000008.pt"))
-    assert calls == [False, ("step_000009.tmp", "step_000009.pt"), True]  # file, name, folder
+    assert events == ["step_000009.tmp", ("step_000009.tmp", "step_000009.pt"), "out"]
 
 
 # ---- readers, terminals and folders ----
@@ -346,10 +341,9 @@ def test_a_vanished_reader_loses_lines_and_no_steps(data):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("redirection", [">&- 2>&-", ">/dev/full 2>&1"])
-def test_without_any_output_it_trains_all_the_same(redirection, data):
+def test_without_any_output_it_trains_all_the_same(data):
     command = [sys.executable, ROOT / "train.py", *RUN, f"--data_dir={data}", "--max_steps=2"]
-    command = f"{shlex.join(map(str, command))} {redirection}"
+    command = f"{shlex.join(map(str, command))} >&- 2>&-"
     assert subprocess.run(command, shell=True).returncode == 0
     assert [path.name for path in train.checkpoints("out")] == ["step_000002.pt"]
 

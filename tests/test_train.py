@@ -6,6 +6,7 @@ import shutil
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -237,8 +238,7 @@ def test_the_held_out_loss_is_the_mean_over_the_whole_split_each_token_once():
 
 def test_the_best_held_out_loss_is_kept_and_named(tiny, monkeypatch):
     """The loss soon rises: the best checkpoint outlives the newest ones."""
-    losses = iter([9.0, 5.0, 7.0, 6.0, 8.0, 8.5])
-    monkeypatch.setattr(train, "evaluate", lambda *args: next(losses))
+    monkeypatch.setattr(train, "evaluate", Mock(side_effect=[9.0, 5.0, 7.0, 6.0, 8.0, 8.5]))
     result = tiny("--max_steps=12", "--eval_interval=2", "--checkpoint_interval=2")
     assert result.code == 0 and result.out.count("best 5.0000 at step 4") == 5
     assert steps_left() == [4, 10, 12]
@@ -349,12 +349,11 @@ def test_overfitting_one_batch_drives_the_loss_under_0_4(optimizer):
 
 
 def test_the_default_data_is_prepared_when_it_is_missing(monkeypatch):
-    calls = []
-    monkeypatch.setattr(prepare, "prepare", lambda args: calls.append(
-        write_data("data/shakespeare", range(200), vocab_size=256)))
+    make = Mock(wraps=lambda args: write_data("data/shakespeare", range(200), vocab_size=256))
+    monkeypatch.setattr(prepare, "prepare", make)
     for out in ("first", "second"):
         assert run_main(train.main, *BYTES, "--max_steps=1", f"--out_dir={out}").code == 0
-    assert len(calls) == 1  # then it is there
+    make.assert_called_once()  # then they are there
 
 
 def test_data_and_weights_that_do_not_fit_are_refused(tiny):
