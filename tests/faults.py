@@ -18,6 +18,9 @@ test_resume::test_stops_anywhere_in_epochs_and_schedule_change_no_bit
   train: torch's generator is not restored | torch.set_rng_state(state["torch"]) | pass
   train: NumPy's generator is not restored | np.random.set_state(state["numpy"]) | pass
   train: Python's generator is not restored | random.setstate(state["python"]) | pass
+  train: gradients of two steps are added | optimizer.zero_grad(set_to_none=True) | pass
+  train: the optimizer starts again on resume | optimizer.load_state_dict( | dict(
+  train: the loss scale starts again on resume | self.scaler.load_state_dict( | dict(
 test_resume::test_a_checkpoint_reaches_the_disk_before_its_name_and_the_name_after
   train: a checkpoint is not flushed to the disk | os.fsync(f.fileno()) | pass
   train: a checkpoint's name is not flushed | prepare.fsync(path.parent) | pass
@@ -56,9 +59,6 @@ test_train::test_gradients_are_clipped_to_the_norm_and_the_logged_norm_is_that_b
   train: nothing is clipped | config.grad_clip or math.inf | math.inf
 test_train::test_micro_batches_change_memory_and_not_the_run
   train: micro-batches are summed | (part / len(parts)).backward() | (part).backward()
-test_resume::test_stops_anywhere_in_epochs_and_schedule_change_no_bit
-  train: gradients of two steps are added | optimizer.zero_grad(set_to_none=True) | pass
-  train: the optimizer starts again on resume | optimizer.load_state_dict( | dict(
 test_train::test_a_loss_that_is_not_finite_stops_the_run_before_the_optimizer_step
   train: a loss of NaN changes the weights | if not math.isfinite(loss) or | if False and
 test_train::test_an_infinite_gradient_in_fp16_stops_every_optimizer_and_lowers_the_scale
@@ -74,8 +74,6 @@ test_train::test_the_best_held_out_loss_is_kept_and_named
   train: the best checkpoint is deleted | kept.add(run.best["step"]) | pass
 test_train::test_the_newest_checkpoints_are_kept
   train: the one before the newest is deleted | [-run.config.keep_checkpoints:] | [-1:]
-test_resume::test_stops_anywhere_in_epochs_and_schedule_change_no_bit
-  train: the loss scale starts again on resume | self.scaler.load_state_dict( | dict(
 test_resume::test_from_an_older_checkpoint_the_steps_repeat_and_later_files_are_set_aside
   train: steps beyond the checkpoint stay in metrics.jsonl | int(step[1]) > run.step | False
 test_resume::test_a_checkpoint_copied_alone_resumes_and_no_step_is_logged_twice
