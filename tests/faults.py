@@ -14,17 +14,20 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 # A test, and below it the faults that it notices: script: what is wrong | the code | the fault
 TABLE = r"""
-test_resume::test_a_run_that_draws_from_the_generators_resumes_to_the_bit
+test_resume::test_stops_anywhere_in_epochs_and_schedule_change_no_bit
   train: torch's generator is not restored | torch.set_rng_state(state["torch"]) | pass
   train: NumPy's generator is not restored | np.random.set_state(state["numpy"]) | pass
   train: Python's generator is not restored | random.setstate(state["python"]) | pass
+  train: gradients of two steps are added | optimizer.zero_grad() | pass
+  train: the optimizer starts again on resume | optimizer.load_state_dict( | dict(
+  train: the loss scale starts again on resume | self.scaler.load_state_dict( | dict(
 test_resume::test_a_checkpoint_reaches_the_disk_before_its_name_and_the_name_after
   train: a checkpoint is not flushed to the disk | os.fsync(f.fileno()) | pass
   train: a checkpoint's name is not flushed | prepare.fsync(path.parent) | pass
   train: a checkpoint is written in place | path.with_name("checkpoint.tmp") | path
-test_resume::test_where_the_newest_checkpoint_is_damaged_the_one_before_is_used
+test_torture::test_nothing_is_lost[checkpoints]
   train: the digest is not compared | if raw[-TAIL:].tobytes() != | if b"" ==
-test_resume::test_a_checkpoint_with_code_in_it_is_refused_and_does_not_run
+test_torture::test_nothing_is_lost[strangers]
   train: a checkpoint may hold code | weights_only=True | weights_only=False
 test_train::test_batches_are_consecutive_tokens_in_the_order_of_the_epochs_shared_by_all_processes
   train: a batch begins one token late | start:start + T + 1] | start + 1:start + T + 2]
@@ -56,9 +59,6 @@ test_train::test_gradients_are_clipped_to_the_norm_and_the_logged_norm_is_that_b
   train: nothing is clipped | config.grad_clip or math.inf | math.inf
 test_train::test_micro_batches_change_memory_and_not_the_run
   train: micro-batches are summed | (part / len(parts)).backward() | (part).backward()
-test_resume::test_stops_anywhere_in_epochs_and_schedule_change_no_bit
-  train: gradients of two steps are added | optimizer.zero_grad() | pass
-  train: the optimizer starts again on resume | optimizer.load_state_dict( | dict(
 test_train::test_a_loss_that_is_not_finite_stops_the_run_before_the_optimizer_step
   train: a loss of NaN changes the weights | if not math.isfinite(loss) or | if False and
 test_train::test_an_infinite_gradient_in_fp16_stops_every_optimizer_and_lowers_the_scale
@@ -74,25 +74,23 @@ test_train::test_the_best_held_out_loss_is_kept_and_named
   train: the best checkpoint is deleted | if not run.best or step_of(path) != run.best["step"]: | if True:
 test_train::test_the_newest_checkpoints_are_kept
   train: the one before the newest is deleted | [:-run.config.keep_checkpoints] | [:-1]
-test_resume::test_other_dtypes_and_optimizers_resume_to_the_bit
-  train: the loss scale starts again on resume | self.scaler.load_state_dict( | dict(
 test_resume::test_from_an_older_checkpoint_the_steps_repeat_and_later_files_are_set_aside
   train: steps beyond the checkpoint stay in metrics.jsonl | int(step[1]) > run.step | False
 test_resume::test_a_checkpoint_copied_alone_resumes_and_no_step_is_logged_twice
   train: rows are counted, not read | int(step[1]) > run.step | size > 99 * run.step
 test_resume::test_from_an_older_checkpoint_the_steps_repeat_and_later_files_are_set_aside
   train: later checkpoints are not set aside | if step_of(path) > run.step: | if False:
-test_resume::test_a_signal_saves_says_how_to_go_on_and_changes_no_bit
+test_torture::test_nothing_is_lost[signals]
   train: a signal is not heeded | self.signum = self.signum or signum | pass
   train: a stopped run exits with 0 | raise SystemExit(code) | raise SystemExit(0)
-test_resume::test_a_second_process_in_the_same_out_dir_is_refused
+test_torture::test_nothing_is_lost[second]
   train: two processes write one run | lock.acquire() | pass
 test_resume::test_the_run_is_a_whole_whatever_became_of_its_data
   train: another tokenizer is taken | if old["tokenizer"] != new["tokenizer"]: | if False:
   sample: any tokenizer is taken | prepare.tokenizer_digest(folder).startswith(state["data"]["tokenizer"]) | True
-test_resume::test_other_data_are_refused_unless_named
+test_torture::test_nothing_is_lost[data]
   train: other data are taken | if old != new and "data_dir" | if False and "data_dir"
-test_resume::test_a_change_that_bends_the_run_is_made_and_named
+test_torture::test_nothing_is_lost[machine]
   train: changes of the run are not named | if changes: | if False:
 test_model::test_logits_equal_transformers_at_other_sizes
   model: eps is left out |  + self.eps) | )
@@ -109,7 +107,7 @@ test_model::test_tokens_come_with_the_probabilities_of_the_softmax
   model: top_p drops the token that crosses the line | before >= top_p | before + probs > top_p
 test_model::test_more_positions_than_the_model_has_are_a_clear_error
   model: one position too many | if size > limit: | if size > limit + 1:
-test_model::test_a_gpu_has_bf16_from_capability_8_on_and_each_process_its_own
+test_model::test_bf16_is_picked_where_the_machine_has_it_and_each_process_has_its_own_gpu
   model: an old GPU gets bf16 | if major >= 8: | if major >= 7:
 test_prepare::test_every_file_reaches_the_disk_before_the_folder_takes_its_name
   prepare: a file is not flushed to the disk | os.fsync(handle) | pass

@@ -156,6 +156,12 @@ class Process:
         return Result(self.wait(timeout), "", self.text)
 
 
+def free_port():
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return str(s.getsockname()[1])
+
+
 def proc(pid, name):
     """What Linux tells of a process, which may be gone."""
     with contextlib.suppress(OSError):
@@ -412,6 +418,22 @@ def snapshot(folder):
     """The content of all files in a folder, aside the lock, which says nothing."""
     paths = [p for p in sorted(Path(folder).rglob("*")) if p.is_file() and p.name != ".lock"]
     return {str(path.relative_to(folder)): path.read_bytes() for path in paths}
+
+
+def watch_disk(monkeypatch):
+    """A list that gets the name of each file and folder flushed, and (old, new) of each renamed."""
+    events, fsync = [], os.fsync
+
+    def fsync_seen(handle):
+        events.append(Path(os.readlink(f"/proc/self/fd/{handle}")).name)
+        fsync(handle)
+    monkeypatch.setattr(os, "fsync", fsync_seen)
+    for name in ("rename", "replace"):
+        def rename_seen(old, new, real=getattr(os, name)):
+            events.append((Path(old).name, Path(new).name))
+            real(old, new)
+        monkeypatch.setattr(os, name, rename_seen)
+    return events
 
 
 # ---- what a run leaves ----

@@ -1,21 +1,18 @@
 """What python -m tools.corpus promises."""
-import argparse
 import gzip
 import json
 import random
 import re
 import sys
-from collections import Counter
 from pathlib import Path
 
 import pytest
 
 import prepare
-from conftest import assert_refused, run_main, snapshot
-from test_prepare import stand_in, texts_of, write  # noqa: F401
+from tests.harness import END, assert_refused, run_main
+from test_prepare import encode_whole, snapshot, stand_in, texts_of, write  # noqa: F401
 from tools import corpus
 
-END = "<|endoftext|>"
 WORDS = "The quick brown fox jumps over the lazy dog; it's 42 times, they said.".split()
 
 
@@ -117,9 +114,7 @@ def test_a_document_larger_than_a_batch_is_encoded_as_in_one_piece(run, stand_in
     monkeypatch.setattr(prepare, "PIECES", re.compile(pattern, re.DOTALL))
     texts = [" ".join(documents(40)), *documents(60)[40:], "mentions <|endoftext|> in its text"]
     assert run("--input", jsonl("docs.jsonl", texts))[0] == 0
-    backend = prepare.load_tokenizer(stand_in).backend_tokenizer
-    backend.encode_special_tokens = True
-    ids = sorted([*backend.encode(text, add_special_tokens=False).ids, 0] for text in texts)
+    ids = sorted([*encode_whole(stand_in, text), 0] for text in texts)
     data = prepare.open_data("data/corpus")
     joined = [*data.train.tolist(), *data.val.tolist()]
     ends = [i + 1 for i, token in enumerate(joined) if token == 0]
@@ -129,15 +124,9 @@ def test_a_document_larger_than_a_batch_is_encoded_as_in_one_piece(run, stand_in
 def test_a_lopsided_share_is_said_plainly(run):
     texts = documents(40)
     texts[:9] = [text * 300 for text in texts[:9]]
-    for share, is_noted in (0.4, False), (0.05, True):
+    for share, is_noted in (0.4, False), (0.05, True), (0.8, True):  # nothing held out; nearly all
         code, _, err = run("--input", jsonl("docs.jsonl", texts), "--val_fraction", share)
-        assert code == 0 and ("--val_fraction" in err) == is_noted
-
-
-def test_a_side_to_train_that_is_nearly_empty_is_said_too(capsys):
-    counts = {"train": Counter(tokens=5, documents=1), "val": Counter(tokens=995, documents=1)}
-    corpus.check_sides(counts, argparse.Namespace(val_fraction=0.5))
-    assert "99.50% of the tokens are held out" in capsys.readouterr().err
+        assert code == 0 and ("of the tokens are held out" in err) == is_noted
 
 
 def test_characters_without_a_token_are_an_error_unless_allowed(run, real_data):
@@ -177,6 +166,6 @@ def test_every_mistake_gets_its_line_and_leaves_everything_as_it_was(
         write("endless/tokenizer.json", json.dumps(spec))
     if "some/thing" in argv:
         monkeypatch.setitem(sys.modules, "datasets", None)
-    before, paths = snapshot("."), set(Path().rglob("*"))
+    before = snapshot()
     assert_refused(run(*argv.split()), "tools.corpus", word, code=code)
-    assert snapshot(".") == before and set(Path().rglob("*")) == paths
+    assert snapshot() == before

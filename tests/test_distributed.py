@@ -2,21 +2,15 @@
 import contextlib
 import os
 import signal
-import socket
 
 import pytest
 
 import train
-from tests.harness import (ROOT, RUN, Process, descendants, differences, expect, intact, last_step,
-                           lost_bits, make_data, metrics, proc, train_here)
+from tests.harness import (ROOT, RUN, Process, descendants, differences, expect, free_port, intact,
+                           last_step, lost_bits, make_data, metrics, proc, train_here)
 
 STEPS = 40
-
-
-def free_port():
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return str(s.getsockname()[1])
+ENVIRONMENT = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 
 
 def keys(data, *more, out="out"):
@@ -25,22 +19,21 @@ def keys(data, *more, out="out"):
 
 
 @contextlib.contextmanager
-def processes(*folders, argv):
-    """One process of train.py in each folder, connected as torchrun's are."""
+def processes(*folders, argv, script=ROOT / "train.py"):
+    """One process of a script in each folder, connected as torchrun's are."""
     port, started = free_port(), []
     with contextlib.ExitStack() as stack:
         for rank, folder in enumerate(folders):
             env = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(len(folders)),
-                   "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
-            process = Process([ROOT / "train.py", *argv], folder, **env)
-            started.append(stack.enter_context(process))
+                   "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, **ENVIRONMENT}
+            started.append(stack.enter_context(Process([script, *argv], folder, **env)))
         yield started
 
 
-def torchrun(folder, *argv, agent=("--standalone", "--nproc_per_node=2")):
-    """A torchrun of train.py in folder; ends with all its workers when its block ends."""
-    command = ["-m", "torch.distributed.run", *agent, ROOT / "train.py", *argv]
-    return Process(command, folder, OMP_NUM_THREADS="1")
+def torchrun(folder, *argv, agent=("--standalone", "--nproc_per_node=2"), script=ROOT / "train.py"):
+    """A torchrun of a script in folder; ends with all its workers when its block ends."""
+    command = ["-m", "torch.distributed.run", *agent, script, *argv]
+    return Process(command, folder, **ENVIRONMENT)
 
 
 def run_two(folder, argv):
@@ -83,27 +76,23 @@ def test_one_process_writes_and_prints_and_each_has_random_numbers_of_its_own(un
     assert len(state["rng"]) == state["machine"]["processes"] == 2 and differences(*state["rng"])
 
 
-def test_killed_at_two_processes_resumes_to_the_same_bits(data, undisturbed, tmp_path):
+def test_killed_and_then_stopped_by_a_signal_to_one_both_end_with_the_same_bits(
+        data, undisturbed, tmp_path):
     out = tmp_path / "out"
     with processes(tmp_path, tmp_path, argv=keys(data)) as both:
         both[0].until(lambda: last_step(out) >= 12)
         for p in both:
             p.kill()
     assert 10 <= train.step_of(train.checkpoints(out)[-1]) < STEPS
-    text, _ = run_two(tmp_path, keys(data))
-    assert "resuming from" in text and "→" not in text
-    assert lost_bits(undisturbed[0], out) == 0
-
-
-def test_a_signal_to_one_process_stops_all_after_the_same_step(data, undisturbed, tmp_path):
-    out = tmp_path / "out"
     with processes(tmp_path, tmp_path, argv=keys(data)) as both:
-        both[0].until(lambda: last_step(out) >= 12)
+        both[0].until(lambda: last_step(out) >= 24)
         both[1].signal(signal.SIGTERM)
         assert [p.wait(60) for p in both] == [143, 143]
-        assert intact(out)[-1] in both[0].text.splitlines()[-1]
-    assert 12 <= last_step(out) == train.step_of(train.checkpoints(out)[-1]) < STEPS
-    run_two(tmp_path, keys(data))
+        last = both[0].text.splitlines()[-1]
+        assert intact(out)[-1] in last and "Resume with: python train.py --resume" in last
+    assert 24 <= last_step(out) == train.step_of(train.checkpoints(out)[-1]) < STEPS
+    text, _ = run_two(tmp_path, keys(data))
+    assert "resuming from" in text and "→" not in text
     assert lost_bits(undisturbed[0], out) == 0
 
 
@@ -144,15 +133,13 @@ def test_sigterm_to_torchrun_saves_and_two_nodes_go_on(data, undisturbed, tmp_pa
         assert p.wait(60) != 0
         assert intact(out) and f"{intact(out)[-1]} is written" in p.text, p.text
     assert 12 <= last_step(out) == train.step_of(train.checkpoints(out)[-1]) < STEPS
-    port, nodes = free_port(), []
-    with contextlib.ExitStack() as stack:
-        for rank in (0, 1):  # a torchrun on each, which find each other by address and port
-            agent = ("--nnodes=2", "--nproc_per_node=1", "--rdzv_backend=static",
-                     f"--node_rank={rank}", "--master_addr=127.0.0.1", f"--master_port={port}")
-            nodes.append(stack.enter_context(torchrun(tmp_path, *keys(data), agent=agent)))
-        for p in nodes:
-            expect(p.wait() == 0, *(p.text for p in nodes))
-        assert "resuming from" in nodes[0].text and "step " not in nodes[1].text
+    nodes = ["--nnodes=2", "--nproc_per_node=1", "--rdzv_backend=static",
+             "--master_addr=127.0.0.1", f"--master_port={free_port()}"]
+    with (torchrun(tmp_path, *keys(data), agent=[*nodes, "--node_rank=0"]) as first,
+          torchrun(tmp_path, *keys(data), agent=[*nodes, "--node_rank=1"]) as second):
+        for p in (first, second):
+            expect(p.wait() == 0, first.text, second.text)
+        assert "resuming from" in first.text and "step " not in second.text
     assert lost_bits(undisturbed[0], out) == 0
 
 
@@ -176,15 +163,11 @@ def test_the_others_wait_for_a_first_process_that_is_late(with_torchrun, tmp_pat
     """It may be preparing the data. NCCL asks the store itself, by the store's own timeout."""
     script = tmp_path / "late.py"
     script.write_text(LATE)
-    env = {"PYTHONPATH": str(ROOT)}
     with contextlib.ExitStack() as stack:
         if with_torchrun:
-            agent = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", script]
-            started = [stack.enter_context(Process(agent, tmp_path, **env))]
+            started = [stack.enter_context(torchrun(tmp_path, script=script))]
         else:
-            env |= {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
-            started = [stack.enter_context(Process([script], tmp_path, RANK=str(rank), **env))
-                       for rank in range(2)]
+            started = stack.enter_context(processes(tmp_path, tmp_path, argv=[], script=script))
         expect(all(p.wait(60) == 0 for p in started), *(p.text for p in started))
         text = "".join(p.text for p in started)
         assert text.count("0:30:00 0:30:00") == 2, text

@@ -3,10 +3,10 @@ import json
 import math
 import os
 import shutil
-import types
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -17,8 +17,8 @@ import prepare
 import train
 from model import SmolLM2
 from prepare import Data
-from tests.harness import (ROOT, TINY, assert_refused, differences, flip, metrics, read, run_main,
-                           seal, write_data)
+from tests.harness import (ROOT, TINY, assert_refused, differences, metrics, read, run_main, seal,
+                           write_data)
 from tools.export import save_pretrained
 from train import Machine, Run, TrainConfig, epoch_order, get_batch, lr_factor
 
@@ -33,6 +33,13 @@ def tiny():
     """tiny(*argv): a run on 3,000 random bytes, in this process."""
     write_data("d", np.random.default_rng(0).integers(256, size=3000), vocab_size=256)
     return partial(run_main, train.main, *BYTES, "--data_dir=d")
+
+
+def new_run(data=None, machine=CPU, **changes):
+    """A Run of CONFIG, with the same first weights each time."""
+    torch.manual_seed(0)
+    config = replace(CONFIG, **changes)
+    return Run(config, SmolLM2(config), data, machine)
 
 
 def refused(result, *words, code=2):
@@ -78,7 +85,6 @@ def test_the_command_line_wins_over_the_recipe_and_the_recipe_over_the_defaults(
     ("--hidden_size=34 --min_lr=3", "hidden_size 34 min_lr 3.0"),  # all at once
     ("--dtype=int8", "dtype 'int8' float16"),
     ("--device=tpu9", "device 'tpu9'"),
-    ("--learning_rate=1e-5 --min_lr=3e-4", "min_lr 0.0003 learning_rate 1e-05"),
     ("--block_size=300", "block_size 300 max_position_embeddings 256"),
     ("--micro_batch_size=3", "micro_batch_size 3"),
     ("none.py", "none.py"),
@@ -88,7 +94,6 @@ def test_the_command_line_wins_over_the_recipe_and_the_recipe_over_the_defaults(
     ("max_stepz = 5\n", "max_steps?"),
     ("seed = 1\nimport os\nos.mkdir('ran')\n", "r.py 2"),
     ("batch_size = __import__('os').mkdir('ran')\n", "r.py 1"),
-    ("batch_size = = 4\n", "r.py"),
     ("batch_size = 4and\n", "r.py"),  # Python itself would warn, in a line of its own
 ])
 def test_what_one_types_wrong_is_one_line_and_exit_2(typed, words):
@@ -141,9 +146,7 @@ def test_the_order_and_the_cuts_change_from_epoch_to_epoch_and_reach_everything(
 
 def test_batches_are_consecutive_tokens_in_the_order_of_the_epochs_shared_by_all_processes(
         monkeypatch):
-    config = TrainConfig(batch_size=6, block_size=16, seed=7)
-    run = types.SimpleNamespace(config=config, data=NUMBERS, machine=CPU,
-                                step=0, epoch=0, sequence=0, tokens=0)
+    run = new_run(NUMBERS, batch_size=6, seed=7)
     starts, random_state = [], torch.get_rng_state()
     for _ in range(20):
         x, y = get_batch(run)
@@ -157,7 +160,7 @@ def test_batches_are_consecutive_tokens_in_the_order_of_the_epochs_shared_by_all
                 parts.append(get_batch(run)[0])
         assert torch.equal(torch.cat(parts), x)
         starts += x[:, 0].tolist()
-        Run.advance(run)
+        run.advance()
     order = [*epoch_order(7, 0, 1007, 16), *epoch_order(7, 1, 1007, 16)]
     assert starts == order[:120] and len(order) == 122  # one batch straddles the two epochs
     assert torch.equal(random_state, torch.get_rng_state())  # they depend on the seed alone
@@ -192,19 +195,17 @@ def test_micro_batches_change_memory_and_not_the_run(tiny):
     """Its first loss and norm are those of the seed's first batch."""
     runs = []
     for micro in (0, 1, 2):
-        keys = ["--seed=2", "--max_steps=5", f"--micro_batch_size={micro}", f"--out_dir=m{micro}"]
+        keys = ["--seed=0", "--max_steps=5", f"--micro_batch_size={micro}", f"--out_dir=m{micro}"]
         assert tiny(*keys).code == 0
         runs.append(metrics(f"m{micro}"))
     for key in ("loss", "grad_norm"):
         whole, *parts = [[line[key] for line in lines] for lines in runs]
         assert all(part == pytest.approx(whole, rel=1e-4) for part in parts), key
-    torch.manual_seed(2)
-    model = SmolLM2(CONFIG)
-    run = Run(replace(CONFIG, seed=2), model, prepare.open_data("d"), CPU)
+    run = new_run(prepare.open_data("d"), seed=0)
     x, y = get_batch(run)
-    loss = F.cross_entropy(model(x)[0].flatten(0, 1), y.flatten())
+    loss = F.cross_entropy(run.model(x)[0].flatten(0, 1), y.flatten())
     loss.backward()
-    norm = math.sqrt(sum(p.grad.double().square().sum().item() for p in model.parameters()))
+    norm = math.sqrt(sum(p.grad.double().square().sum().item() for p in run.parameters))
     first = runs[0][0]
     assert first["loss"] == pytest.approx(loss.item(), abs=1e-4)
     assert first["grad_norm"] == pytest.approx(norm, rel=1e-3)
@@ -225,24 +226,21 @@ def test_evaluation_and_samples_do_not_touch_the_training(run_train):
 
 
 def test_the_held_out_loss_is_the_mean_over_the_whole_split_each_token_once():
-    torch.manual_seed(0)
-    model = SmolLM2(replace(CONFIG, initializer_range=0.5))
     val = np.random.default_rng(0).integers(256, size=131).astype("<u2")
-    data = Data(val, val, {}, Path())
+    run = new_run(Data(val, val, {}, Path()), initializer_range=0.5)
     for eval_tokens, n in ((10_000, 130), (130, 130), (100, 100), (7, 7)):
-        losses = []
+        losses, run.config.eval_tokens = [], eval_tokens
         for start in range(0, n, 16):
             ids = torch.from_numpy(val[start:min(start + 16, n) + 1].astype(np.int64))
-            logits = model(ids[None, :-1])[0][0]
+            logits = run.model(ids[None, :-1])[0][0]
             losses += F.cross_entropy(logits, ids[1:], reduction="none").tolist()
-        found = train.evaluate(Run(replace(CONFIG, eval_tokens=eval_tokens), model, data, CPU))
-        assert len(losses) == n and found == pytest.approx(np.mean(losses), abs=1e-5)
+        assert len(losses) == n
+        assert train.evaluate(run) == pytest.approx(np.mean(losses), abs=1e-5)
 
 
 def test_the_best_held_out_loss_is_kept_and_named(tiny, monkeypatch):
     """The loss soon rises: the best checkpoint outlives the newest ones."""
-    losses = iter([9.0, 5.0, 7.0, 6.0, 8.0, 8.5])
-    monkeypatch.setattr(train, "evaluate", lambda *args: next(losses))
+    monkeypatch.setattr(train, "evaluate", Mock(side_effect=[9.0, 5.0, 7.0, 6.0, 8.0, 8.5]))
     result = tiny("--max_steps=12", "--eval_interval=2", "--checkpoint_interval=2")
     assert result.code == 0 and result.out.count("best 5.0000 at step 4") == 5
     assert steps_left() == [4, 10, 12]
@@ -260,16 +258,14 @@ def test_the_newest_checkpoints_are_kept(tiny, keep, left):
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_weight_decay_is_on_matrices_only_and_the_optimizer_has_every_parameter(optimizer):
-    model = SmolLM2(CONFIG)
-    config = TrainConfig(optimizer=optimizer, weight_decay=0.3)
-    optimizers = train.make_optimizers(model, config, torch.float32)
-    groups = [group for o in optimizers.values() for group in o.param_groups]
+    run = new_run(optimizer=optimizer, weight_decay=0.3)
+    groups = [group for o in run.optimizers.values() for group in o.param_groups]
     decay = {id(p): group["weight_decay"] for group in groups for p in group["params"]}
-    assert decay == {id(p): 0.3 if p.dim() == 2 else 0.0 for p in model.parameters()}
-    assert all(g["betas"] == (0.9, 0.95) for g in optimizers["optimizer"].param_groups)
+    assert decay == {id(p): 0.3 if p.dim() == 2 else 0.0 for p in run.parameters}
+    assert all(g["betas"] == (0.9, 0.95) for g in run.optimizers["optimizer"].param_groups)
     if optimizer == "muon":  # the layers' matrices, and never the embedding
-        in_muon = {id(p) for g in optimizers["muon"].param_groups for p in g["params"]}
-        assert in_muon == {id(p) for p in model.model.layers.parameters() if p.dim() == 2}
+        in_muon = {id(p) for g in run.optimizers["muon"].param_groups for p in g["params"]}
+        assert in_muon == {id(p) for p in run.model.model.layers.parameters() if p.dim() == 2}
 
 
 @pytest.mark.parametrize("columns", [64, 160])  # the two ways of orthogonal
@@ -287,32 +283,26 @@ def test_muon_brings_singular_values_near_one_and_none_far_beyond(dtype, columns
 
 
 def test_muon_moves_each_matrix_by_what_is_near_its_gradients_orthogonal_factor():
-    config = replace(CONFIG, optimizer="muon", muon_learning_rate=1.0, weight_decay=0.0)
-    model = SmolLM2(config)
-    muon = train.make_optimizers(model, config, torch.float32)["muon"]
-    before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    for p in model.parameters():
+    run = new_run(optimizer="muon", muon_learning_rate=1.0, weight_decay=0.0)
+    matrices = {name: p for name, p in run.model.model.layers.named_parameters() if p.dim() == 2}
+    before = {name: p.detach().clone() for name, p in matrices.items()}
+    for p in matrices.values():
         p.grad = torch.randn_like(p)
-    muon.step()
-    for name, p in model.model.layers.named_parameters():
-        if p.dim() == 2:
-            moved = before[f"model.layers.{name}"] - p.detach()
-            moved /= max(1, len(p) / p.size(1)) ** 0.5
-            values = torch.linalg.svdvals(moved)
-            u, _, vt = torch.linalg.svd(p.grad, full_matrices=False)
-            likeness = (moved * (u @ vt)).sum() / moved.norm() / (u @ vt).norm()
-            assert values.median() > 0.7 and values.max() < 1.4 and likeness > 0.95, name
+    run.optimizers["muon"].step()
+    for name, p in matrices.items():
+        moved = (before[name] - p.detach()) / max(1, len(p) / p.size(1)) ** 0.5
+        values = torch.linalg.svdvals(moved)
+        u, _, vt = torch.linalg.svd(p.grad, full_matrices=False)
+        likeness = (moved * (u @ vt)).sum() / moved.norm() / (u @ vt).norm()
+        assert values.median() > 0.7 and values.max() < 1.4 and likeness > 0.95, name
 
 
 def test_gradients_are_clipped_to_the_norm_and_the_logged_norm_is_that_before():
     def step(clip):
-        torch.manual_seed(0)
-        config = replace(CONFIG, grad_clip=clip)
-        run = Run(config, SmolLM2(config), None, CPU)
+        run = new_run(grad_clip=clip)
         run.optimizers = {"sgd": torch.optim.SGD(run.parameters, lr=1.0)}
         before = [p.detach().clone() for p in run.parameters]
-        batch = torch.randint(256, (2, 4, 16))
-        _, norm = train.train_step(run, batch)
+        _, norm = train.train_step(run, torch.randint(256, (2, 4, 16)))
         moved = [p.detach() - old for p, old in zip(run.parameters, before)]
         return norm, torch.nn.utils.get_total_norm(moved).item()
     norm, moved = step(0.0)
@@ -342,21 +332,17 @@ def test_steps_that_fp16_skips_are_no_failure(tiny, monkeypatch):
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_an_infinite_gradient_in_fp16_stops_every_optimizer_and_lowers_the_scale(optimizer):
     """Only the embedding's is infinite, and Muon has no part in it: it must not step either."""
-    config, fp16 = replace(CONFIG, optimizer=optimizer), replace(CPU, dtype=torch.float16)
-    run = Run(config, SmolLM2(config), None, fp16)
+    run = new_run(machine=replace(CPU, dtype=torch.float16), optimizer=optimizer)
     run.model.model.embed_tokens.weight.register_hook(lambda grad: grad * math.inf)
     before = [p.detach().clone() for p in run.parameters]
-    batch = torch.randint(256, (2, 4, 16))
-    loss, norm = train.train_step(run, batch)
+    loss, norm = train.train_step(run, torch.randint(256, (2, 4, 16)))
     assert math.isfinite(loss) and not math.isfinite(norm) and run.scaler.get_scale() == 2**15
     assert all(torch.equal(p, old) for p, old in zip(run.parameters, before))
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_overfitting_one_batch_drives_the_loss_under_0_4(optimizer):
-    config = replace(CONFIG, vocab_size=2048, optimizer=optimizer)
-    torch.manual_seed(0)
-    run, losses = Run(config, SmolLM2(config), None, CPU), []
+    run, losses = new_run(vocab_size=2048, optimizer=optimizer), []
     batch = torch.randint(2048, (2, 2, 16))
     for step in range(60):
         train.set_rates(run.optimizers, min(1, (step + 1) / 10))
@@ -365,20 +351,17 @@ def test_overfitting_one_batch_drives_the_loss_under_0_4(optimizer):
 
 
 def test_the_default_data_is_prepared_when_it_is_missing(monkeypatch):
-    calls = []
-    monkeypatch.setattr(prepare, "prepare", lambda args: calls.append(
-        write_data("data/shakespeare", range(200), vocab_size=256)))
+    make = Mock(wraps=lambda args: write_data("data/shakespeare", range(200), vocab_size=256))
+    monkeypatch.setattr(prepare, "prepare", make)
     for out in ("first", "second"):
         assert run_main(train.main, *BYTES, "--max_steps=1", f"--out_dir={out}").code == 0
-    assert len(calls) == 1  # then it is there
+    make.assert_called_once()  # then they are there
 
 
-def test_data_and_weights_that_do_not_fit_or_are_damaged_are_refused(tiny):
+def test_data_and_weights_that_do_not_fit_are_refused(tiny):
     refused(tiny("--vocab_size=255"), "255", "vocab_size", code=1)
     write_data("short", range(16), vocab_size=256)
     refused(tiny("--data_dir=short"), "16", "block_size", "17", code=1)
-    flip("d/train.bin", 100)
-    refused(tiny(), "train_sha256", "prepare.py", code=1)
     save_pretrained(SmolLM2(CONFIG), Path("hf"), torch.float32)
     refused(tiny("--init_from=hf", "--hidden_size=64"), "hidden_size", 64, 32, code=1)
     refused(tiny("--init_from=none/such"), "init_from", "none/such", code=1)
