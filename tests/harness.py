@@ -80,12 +80,12 @@ def run_main(main, *argv, stdin=b"", threads=None):
     return Result(code, *(f.buffer.getvalue().decode(errors="replace") for f in files[1:]))
 
 
-def run_script(name, *argv, **env):
+def run_script(name, *argv, limits=(), **env):
     """Runs a script in a process of its own, to its end."""
     with (open(os.devnull, "rb") as nothing, tempfile.TemporaryFile() as out,
           tempfile.TemporaryFile() as err):
         env, streams = {**os.environ, **env}, (nothing, out, err)
-        code = start([ROOT / name, *argv], Path.cwd(), env, (), streams).wait(300)
+        code = start([ROOT / name, *argv], Path.cwd(), env, limits, streams).wait(300)
         return Result(code, *(os.pread(f.fileno(), 2**24, 0).decode() for f in (out, err)))
 
 
