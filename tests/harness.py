@@ -4,7 +4,6 @@ import contextlib
 import ctypes
 import functools
 import gc
-import hashlib
 import io
 import json
 import os
@@ -55,7 +54,6 @@ def expect(true, *what):
 
 
 # ---- running the scripts ----
-
 
 def run_main(main, *argv, stdin=b"", threads=None):
     """Runs a script's main as its process would, but here."""
@@ -174,7 +172,6 @@ def descendants(pid):
 
 # ---- processes that start warm: forked from one that has imported what takes three seconds ----
 
-
 def start(command, cwd, env, limits, streams):
     """Starts python COMMAND, with the files `streams` as its standard input, output and error."""
     request = json.dumps([[*map(str, command)], str(cwd), env, limits]).encode()
@@ -278,7 +275,6 @@ def run_as_main(path):
 
 # ---- what a script has said ----
 
-
 def flaw(done, codes=(0,), *words):
     """What is wrong with how a script has ended; None if it is as it should be.
 
@@ -325,18 +321,13 @@ def resume_here(out, *argv):
 
 # ---- data ----
 
-
 def make_tokenizer(folder):
-    """A tokenizer of the 256 bytes and an end-of-text token, in Hugging Face's format."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
+    """A tokenizer of the 256 bytes and an end-of-text token, as a folder of Hugging Face's."""
+    from tokenizers import ByteLevelBPETokenizer, pre_tokenizers
     characters = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocab = {c: i for i, c in enumerate([END, *characters])}
-    backend = Tokenizer(models.BPE(vocab=vocab, merges=[]))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    special = {"bos_token": END, "eos_token": END, "unk_token": END}
-    PreTrainedTokenizerFast(tokenizer_object=backend, **special).save_pretrained(folder)
+    folder.mkdir()
+    ByteLevelBPETokenizer(vocab, merges=[]).save(str(folder / "tokenizer.json"))
     return folder
 
 
@@ -356,13 +347,10 @@ def write_data(folder, train_ids, vocab_size=49152):
     """A prepared folder of given ids, without a tokenizer."""
     folder = Path(folder)
     folder.mkdir(parents=True)
-    meta = {"source": "test", "vocab_size": vocab_size, "val_bytes": 100, "stand_in": None}
     for side, ids in (("train", train_ids), ("val", range(100))):
-        raw = np.asarray(list(ids), dtype="<u2").tobytes()
-        (folder / f"{side}.bin").write_bytes(raw)
-        meta[f"{side}_tokens"] = len(raw) // 2
-        meta[f"{side}_sha256"] = hashlib.sha256(raw).hexdigest()
-    (folder / "meta.json").write_text(seal(meta))
+        np.asarray(list(ids), dtype="<u2").tofile(folder / f"{side}.bin")
+    meta = {"source": "test", "vocab_size": vocab_size, "val_bytes": 100, "stand_in": None}
+    (folder / "meta.json").write_text(seal({**meta, **prepare.describe(folder)}))
     return folder
 
 
@@ -385,7 +373,6 @@ def snapshot(folder):
 
 
 # ---- what a run leaves ----
-
 
 def metrics(out_dir):
     return [json.loads(line) for line in Path(out_dir, "metrics.jsonl").read_text().splitlines()]
@@ -437,7 +424,7 @@ def lasting(state):
 
 def assert_same_bits(a, b):
     """Two checkpoint files hold the same weights, optimizer, RNG and all else that lasts."""
-    found = differences(*(lasting(read(path)) for path in (a, b)))
+    found = differences(lasting(read(a)), lasting(read(b)))
     expect(not found, found)
 
 

@@ -404,9 +404,9 @@ KEYS = {name: f.default for name, f in train.KEYS.items()
         if name not in ("max_steps", "batch_size", "block_size", *train.SIZES)}
 SAMPLE = {"temperature": 0.8, "top_k": 9, "top_p": 0.9, "seed": 3,
           "stop": "x", "device": "cpu", "dtype": "float32", "num_samples": 2}
-PREPARE = {"val_fraction": 0.2, "input": "book.txt", "tokenizer": "bytes"}
+PREPARE = {"val_fraction": 0.2, "out_dir": "elsewhere", "tokenizer": "bytes"}
 RECIPE = "\n".join(f"{name} = {value!r}" for name, value in KEYS.items()).encode()
-PROSE = b"Who's there? Nay, answer me: stand, and unfold yourself.\n" * 9
+PROSE = b"Who's there? Nay, answer me: stand, and unfold yourself.\n" * 3
 
 
 def bent(good, new):
