@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 pytest.register_assert_rewrite("tests.harness")
+from tests.harness import *  # noqa: E402, F403 (test_corpus.py takes them from here)
 from tests.harness import TINY, prepare, run_main, train  # noqa: E402
 
 
