@@ -140,7 +140,7 @@ def kill_preparation(folder, n):
         with Process([ROOT / "prepare.py", *argv], out.parent) as p:
             if i % 3:  # as soon as something is on the disk, or at any time
                 p.until(lambda: len(os.listdir(out.parent)) > 1 + out.exists())
-            time.sleep(rng.random() * seconds)
+            time.sleep(rng.random() * seconds / 2)
             injected += p.alive
         found = out if out.exists() else out.with_name(".data.old")  # between two renames
         lost += wrong(snapshot(found) not in allowed, "no whole data", found)
@@ -472,7 +472,7 @@ DISKS = [("No space left", left) for left in (100_000, 0, 4096, 300_000, 600_000
 DISKS += [("File too large", left) for left in (300_000, 100_000, 700_000)] + [("Read-only", 0)]
 PARTS = {  # what it is, the short form for the test suite, and the long one
     "kills": (stops, {"cases": KILLS, "n": 5, "lives": 5}, {"cases": KILLS, "n": 100, "lives": 6}),
-    "preparation": (kill_preparation, {"n": 2}, {"n": 25}),
+    "preparation": (kill_preparation, {"n": 3}, {"n": 25}),
     "disks": (disks, {"cases": DISKS[::5] + DISKS[-1:]}, {"cases": DISKS}),
     "checkpoints": (damaged_checkpoints, {"n": 40}, {"n": 1000}),
     "data": (damaged_data, {}, {}),
