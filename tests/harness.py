@@ -326,8 +326,10 @@ def make_tokenizer(folder):
     from tokenizers import ByteLevelBPETokenizer, pre_tokenizers
     characters = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocab = {c: i for i, c in enumerate([END, *characters])}
+    tokenizer = ByteLevelBPETokenizer(vocab, merges=[])
+    tokenizer.add_special_tokens([END])
     folder.mkdir()
-    ByteLevelBPETokenizer(vocab, merges=[]).save(str(folder / "tokenizer.json"))
+    tokenizer.save(str(folder / "tokenizer.json"))
     return folder
 
 
