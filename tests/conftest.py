@@ -11,14 +11,13 @@ from pathlib import Path
 import pytest
 
 pytest.register_assert_rewrite("tests.harness")
-from tests.harness import *  # noqa: E402, F403
+from tests.harness import *  # noqa: E402, F403 (test_corpus.py takes them from here)
 from tests.harness import TINY, prepare, run_main, train  # noqa: E402
 
 
 def pytest_configure():
     # A shell's background job ignores SIGINT, and its children do.
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    os.environ.pop("PYTHONUNBUFFERED", None)  # what users see in time must not rest on it
 
 
 def pytest_collection_modifyitems(items):
@@ -29,8 +28,6 @@ def pytest_collection_modifyitems(items):
 def own_folder(tmp_path, monkeypatch):
     """Each test runs in a folder of its own, so that out/ and data/ are never the user's."""
     monkeypatch.chdir(tmp_path)
-    for key in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
-        monkeypatch.delenv(key, raising=False)
 
 
 @pytest.fixture(scope="session")
@@ -79,12 +76,3 @@ def real_tokenizer(real_data):
 def run_train(data_dir):
     """run_train(*argv): a tiny run of train.py in this process. Later keys win over TINY's."""
     return lambda *argv: run_main(train.main, f"--data_dir={data_dir}", *TINY, *argv)
-
-
-@pytest.fixture
-def resume():
-    """resume(*argv): train.py --resume in this process, with no key but those in argv."""
-    def call(*argv):
-        is_given = any("--resume" in word for word in argv)
-        return run_main(train.main, *([] if is_given else ["--resume"]), *argv)
-    return call

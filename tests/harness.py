@@ -1,9 +1,9 @@
 """What all tests share: small data, a tiny run, ways to start the scripts and to compare ends."""
 import atexit
 import contextlib
+import ctypes
 import functools
 import gc
-import hashlib
 import io
 import json
 import os
@@ -22,6 +22,9 @@ from pathlib import Path
 
 # Threads that wait asleep: beside anything else, small models are ten times as fast. Before torch.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+# Not torchrun's, if it is above; and what users see in time must not rest on the last one.
+for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "PYTHONUNBUFFERED"):
+    os.environ.pop(name, None)
 
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
@@ -52,7 +55,6 @@ def expect(true, *what):
 
 # ---- running the scripts ----
 
-
 def run_main(main, *argv, stdin=b"", threads=None):
     """Runs a script's main as its process would, but here."""
     handlers = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
@@ -67,9 +69,6 @@ def run_main(main, *argv, stdin=b"", threads=None):
         main([str(word) for word in argv])
     except SystemExit as e:
         code = e.code or 0
-        if isinstance(code, str):  # what the interpreter does with sys.exit(text)
-            files[2].write(code + "\n")
-            code = 1
     finally:
         sys.stdin, sys.stdout, sys.stderr = streams
         for signum, handler in handlers.items():
@@ -79,14 +78,13 @@ def run_main(main, *argv, stdin=b"", threads=None):
     return Result(code, *(f.buffer.getvalue().decode(errors="replace") for f in files[1:]))
 
 
-def run_script(name, *argv, stdin=b"", **env):
+def run_script(name, *argv, limits=(), **env):
     """Runs a script in a process of its own, to its end."""
-    with contextlib.ExitStack() as stack:
-        files = [stack.enter_context(tempfile.TemporaryFile()) for _ in range(3)]
-        files[0].write(stdin or b"")
-        files[0].seek(0)
-        code = start([ROOT / name, *argv], Path.cwd(), {**os.environ, **env}, (), files).wait(300)
-        return Result(code, *(os.pread(f.fileno(), 2**24, 0).decode() for f in files[1:]))
+    with (open(os.devnull, "rb") as nothing, tempfile.TemporaryFile() as out,
+          tempfile.TemporaryFile() as err):
+        env, streams = {**os.environ, **env}, (nothing, out, err)
+        code = start([ROOT / name, *argv], Path.cwd(), env, limits, streams).wait(300)
+        return Result(code, *(os.pread(f.fileno(), 2**24, 0).decode() for f in (out, err)))
 
 
 class Process:
@@ -97,12 +95,10 @@ class Process:
     def __init__(self, command, cwd, limits=(), **env):
         cwd.mkdir(parents=True, exist_ok=True)
         self.log = Path(tempfile.mkstemp(dir=cwd, suffix=".log")[1])
-        of_torchrun = ("RANK", "LOCAL_RANK", "WORLD_SIZE")
-        inherited = {k: v for k, v in os.environ.items() if k not in of_torchrun}
+        env = {**os.environ, "HF_HUB_OFFLINE": "1", **env}
         with open(os.devnull, "rb") as nothing, open(self.log, "wb") as log:
-            self.child = start(command, cwd, {**inherited, "HF_HUB_OFFLINE": "1", **env}, limits,
-                               (nothing, log, log))
-        self.pid, self.poll = self.child.pid, self.child.poll
+            self.child = start(command, cwd, env, limits, (nothing, log, log))
+        self.pid = self.child.pid
 
     def __enter__(self):
         return self
@@ -113,7 +109,7 @@ class Process:
 
     @property
     def alive(self):
-        return self.poll() is None
+        return self.child.poll() is None
 
     @property
     def text(self):
@@ -147,9 +143,9 @@ class Process:
         return True
 
     def wait(self, timeout=180):
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            return self.child.wait(timeout)
-        raise AssertionError(f"a hang: still running after {timeout} s\n{self.text[-3000:]}")
+        code = self.child.wait(timeout)
+        expect(code is not None, f"a hang: still running after {timeout} s", self.text)
+        return code
 
     def end(self, timeout=180):
         """Its Result, both streams in err."""
@@ -171,71 +167,46 @@ def proc(pid, name):
 
 def descendants(pid):
     """The processes below pid, as far as /proc shows them."""
-    children = {}
+    parents, found = {}, [pid]
     for folder in Path("/proc").glob("[0-9]*"):
         if stat := proc(folder.name, "stat"):
-            parent = int(stat.rpartition(")")[2].split()[1])
-            children.setdefault(parent, []).append(int(folder.name))
-    found, todo = [], [pid]
-    while todo:
-        new = children.get(todo.pop(), [])
-        todo += new
-        found += new
-    return found
+            parents[int(folder.name)] = int(stat.rpartition(")")[2].split()[1])
+    for parent in found:  # it grows meanwhile
+        found += [child for child in parents if parents[child] == parent]
+    return found[1:]
 
 
 # ---- processes that start warm: forked from one that has imported what takes three seconds ----
 
-
 def start(command, cwd, env, limits, streams):
     """Starts python COMMAND, with the files `streams` as its standard input, output and error."""
-    words = [*map(str, command)]
-    scripts = [str(ROOT / f"{name}.py") for name in ("train", "prepare", "sample", "model")]
-    is_warm = words[0] in scripts and not torch.cuda.is_available()  # CUDA and forks do not mix
-    if is_warm:
-        return Warm(words, str(cwd), env, limits, streams)
-    return subprocess.Popen([sys.executable, *words], -1, None, *streams, cwd=cwd, env=env,
-                            preexec_fn=lambda: own_session(limits))
+    request = json.dumps([[*map(str, command)], str(cwd), env, limits]).encode()
+    server, _ = zygote()
+    socket.send_fds(server, [request], [stream.fileno() for stream in streams])
+    return Child(int(server.recv(99)))
 
 
-def own_session(limits):
-    """What a new process is given before its program starts."""
-    os.setsid()
-    for signum in (signal.SIGINT, signal.SIGHUP):  # ignored in a shell's background, or by nohup
-        signal.signal(signum, signal.SIG_DFL)
-    for limit in limits:
-        resource.setrlimit(*limit)
+class Child:
+    """A process that start() has begun, with what is used here of subprocess.Popen."""
 
-
-class Warm:
-    """A script's process, forked from the zygote, with what is used here of subprocess.Popen."""
-
-    def __init__(self, words, cwd, env, limits, streams):
-        self.returncode = None
-        self.control, theirs = socket.socketpair(type=socket.SOCK_SEQPACKET)
-        with theirs:
-            request = json.dumps([words, cwd, env, limits]).encode()
-            fds = [theirs.fileno(), *(stream.fileno() for stream in streams)]
-            socket.send_fds(zygote()[0], [request], fds)
-        self.pid = int(self.control.recv(99))
+    def __init__(self, pid):
+        self.pid, self.returncode, self.pidfd = pid, None, os.pidfd_open(pid)
 
     def wait(self, timeout=None):
-        if self.returncode is None:
-            if not select.select([self.control], [], [], timeout)[0]:
-                raise subprocess.TimeoutExpired(f"process {self.pid}", timeout)
-            self.returncode = int(self.control.recv(99))
-            self.control.close()
+        """Its exit code; None where it is still running after that many seconds."""
+        if self.returncode is None and select.select([self.pidfd], [], [], timeout)[0]:
+            self.returncode = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+            os.close(self.pidfd)
         return self.returncode
 
     def poll(self):
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            self.wait(0)
-        return self.returncode
+        return self.wait(0)
 
 
 @functools.cache
 def zygote():
     """(socket, process) of one that runs serve(); it ends when this process does."""
+    ctypes.CDLL(None).prctl(36, 1)  # PR_SET_CHILD_SUBREAPER: what it lets go of is this process's
     ours, theirs = socket.socketpair(type=socket.SOCK_SEQPACKET)
     with theirs:
         command = [sys.executable, __file__, str(theirs.fileno())]
@@ -246,7 +217,7 @@ def zygote():
 
 
 def serve(requests):
-    """Forks a process for each request, and returns in it, as in a Python that has just started.
+    """Forks a process for each request; in that of a script it returns, else it never does.
 
     Nothing may use torch before: its threads, once started, do not live on in a fork."""
     import torch._dynamo  # noqa: F401
@@ -254,46 +225,46 @@ def serve(requests):
 
     import sample  # noqa: F401
     gc.freeze()  # or every child would copy all pages when it collects
-    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for the keepers
+    fds = []
     while True:
-        request, fds, _, _ = socket.recv_fds(requests, 2**20, 4)
+        before, (request, fds, _, _) = fds, socket.recv_fds(requests, 2**20, 3)
+        for fd in before:  # only now: they keep a terminal open for its reader
+            os.close(fd)
         if not request:  # the tests have ended
             os._exit(0)
         if os.fork() == 0:
             break
-        for fd in fds:
-            os.close(fd)
-    requests.close()
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    control = socket.socket(fileno=fds[0])
-    if child := os.fork():
-        keep(child, control)
-    words, cwd, env, limits = json.loads(request)
-    own_session(limits)
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+        os.wait()
+    between = os.getpid()
+    if os.fork():
+        os._exit(0)
+    while os.getppid() == between:  # until it is a child of the tests
+        time.sleep(0.0002)
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: it ends with them
+    become(*json.loads(request), fds, requests)
+
+
+def become(words, cwd, env, limits, streams, requests):
+    """Makes this process one in which Python has just started, with these words to run."""
+    os.setsid()
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in a shell's background,
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # or by nohup
+    for limit in limits:
+        resource.setrlimit(*limit)
     os.chdir(cwd)
     os.environ.clear()
     os.environ.update(env)
-    if threads := env.get("OMP_NUM_THREADS"):
-        torch.set_num_threads(int(threads))
-    for stream, fd in enumerate(fds[1:]):
+    for stream, fd in enumerate(streams):
         os.dup2(fd, stream)
         os.close(fd)
+    with requests:
+        requests.send(str(os.getpid()).encode())
+    scripts = [str(ROOT / f"{name}.py") for name in ("train", "prepare", "sample", "model")]
+    if words[0] not in scripts or torch.cuda.is_available():  # CUDA and forks do not mix
+        os.execv(sys.executable, [sys.executable, *words])
+    if threads := env.get("OMP_NUM_THREADS"):
+        torch.set_num_threads(int(threads))
     sys.argv = words
-    with control:
-        control.send(str(os.getpid()).encode())
-
-
-def keep(child, control):
-    """Tells the test how its process ends, or ends it where the test is gone; never returns."""
-    if control in select.select([os.pidfd_open(child), control], [], [])[0]:
-        os.kill(child, signal.SIGKILL)
-    end = os.waitid(os.P_PID, child, os.WEXITED | os.WNOWAIT)
-    code = end.si_status if end.si_code == os.CLD_EXITED else -end.si_status
-    with contextlib.suppress(OSError):
-        control.send(str(code).encode())
-        control.recv(1)  # until the test has read it, the pid is nobody else's
-    os._exit(0)
 
 
 def run_as_main(path):
@@ -303,15 +274,12 @@ def run_as_main(path):
         runpy.run_path(path, run_name="__main__")
     except SystemExit as e:
         code = e.code or 0
-        if not isinstance(code, int):
-            raise  # Python prints it
     atexit._run_exitfuncs()
     sys.stdout.flush()
     os._exit(code)
 
 
 # ---- what a script has said ----
-
 
 def flaw(done, codes=(0,), *words):
     """What is wrong with how a script has ended; None if it is as it should be.
@@ -359,18 +327,15 @@ def resume_here(out, *argv):
 
 # ---- data ----
 
-
 def make_tokenizer(folder):
-    """A tokenizer of the 256 bytes and an end-of-text token, in Hugging Face's format."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
+    """A tokenizer of the 256 bytes and an end-of-text token, as a folder of Hugging Face's."""
+    from tokenizers import ByteLevelBPETokenizer, pre_tokenizers
     characters = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocab = {c: i for i, c in enumerate([END, *characters])}
-    backend = Tokenizer(models.BPE(vocab=vocab, merges=[]))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    special = {"bos_token": END, "eos_token": END, "unk_token": END}
-    PreTrainedTokenizerFast(tokenizer_object=backend, **special).save_pretrained(folder)
+    tokenizer = ByteLevelBPETokenizer(vocab, merges=[])
+    tokenizer.add_special_tokens([END])
+    folder.mkdir()
+    tokenizer.save(str(folder / "tokenizer.json"))
     return folder
 
 
@@ -386,25 +351,20 @@ def make_data(folder, start=0):
     return folder
 
 
-def write_data(folder, train_ids, val_ids=range(100), vocab_size=49152):
+def write_data(folder, train_ids, vocab_size=49152):
     """A prepared folder of given ids, without a tokenizer."""
     folder = Path(folder)
     folder.mkdir(parents=True)
-    meta = {"source": "test", "vocab_size": vocab_size, "val_bytes": len(val_ids)}
-    for side, ids in (("train", train_ids), ("val", val_ids)):
-        raw = np.asarray(list(ids), dtype="<u2").tobytes()
-        (folder / f"{side}.bin").write_bytes(raw)
-        meta[f"{side}_tokens"] = len(raw) // 2
-        meta[f"{side}_sha256"] = hashlib.sha256(raw).hexdigest()
-    (folder / "meta.json").write_text(seal({**meta, "stand_in": None}))
+    for side, ids in (("train", train_ids), ("val", range(100))):
+        np.asarray(list(ids), dtype="<u2").tofile(folder / f"{side}.bin")
+    meta = {"source": "test", "vocab_size": vocab_size, "val_bytes": 100, "stand_in": None}
+    (folder / "meta.json").write_text(seal({**meta, **prepare.describe(folder)}))
     return folder
 
 
 def seal(meta):
     """The text of a meta.json with the digest that fits, as someone who means it would write it."""
-    rest = {k: v for k, v in meta.items() if k != "sha256"}
-    digest = hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
-    return json.dumps({**rest, "sha256": digest})
+    return json.dumps({**meta, "sha256": prepare.meta_digest(meta)})
 
 
 def flip(path, offset):
@@ -437,7 +397,6 @@ def watch_disk(monkeypatch):
 
 
 # ---- what a run leaves ----
-
 
 def metrics(out_dir):
     return [json.loads(line) for line in Path(out_dir, "metrics.jsonl").read_text().splitlines()]
@@ -481,16 +440,15 @@ def differences(a, b):
     return sorted(name for name in a.keys() | b.keys() if a.get(name) != b.get(name))
 
 
-def lasting(state, aside=()):
-    """What a checkpoint holds beside the time, out_dir and the keys in `aside`."""
+def lasting(state):
+    """What a checkpoint holds beside the time and out_dir."""
     expect(state["model"] and state["optimizer"]["state"] and state["rng"], "it is empty")
-    config = {k: v for k, v in state["config"].items() if k not in ("out_dir", *aside)}
-    return {**state, "seconds": None, "config": config}
+    return {**state, "seconds": None, "config": {**state["config"], "out_dir": None}}
 
 
-def assert_same_bits(a, b, aside=()):
+def assert_same_bits(a, b):
     """Two checkpoint files hold the same weights, optimizer, RNG and all else that lasts."""
-    found = differences(*(lasting(read(path), aside) for path in (a, b)))
+    found = differences(lasting(read(a)), lasting(read(b)))
     expect(not found, found)
 
 

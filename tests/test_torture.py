@@ -1,7 +1,7 @@
 """Nothing is lost, whatever happens: the short form of each part of tests/torture.py."""
 import pytest
 
-from tests.torture import PARTS
+from tests.torture import PARTS, rng
 
 SLOW = ("kills", "signals", "compiling", "memory")
 NAMES = [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in PARTS]
@@ -9,6 +9,7 @@ NAMES = [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_nothing_is_lost(name, tmp_path):
+    rng.seed(0)
     part, short, _ = PARTS[name]
     row = part(tmp_path, **short)
     assert not row.lost, row

@@ -6,7 +6,6 @@
 tests/test_torture.py has the short form of each part in the test suite.
 """
 import argparse
-import contextlib
 import json
 import os
 import pickle
@@ -27,18 +26,16 @@ import torch
 
 from tests.harness import (ROOT, RUN, Process, Result, descendants, differences, expect, expect_end,
                            flaw, flip, intact, is_saving, last_step, lost_bits, make_data, proc,
-                           resume_here, run_main, snapshot, train_here, training)
+                           resume_here, run_main, run_script, snapshot, train_here, training)
 
 import prepare  # harness has put the repository on the path
 import sample
 import train
-from model import SmolLM2, SmolLM2Config
 from tools import export
 
 # lost: bits, or faults that ended in damage, a hang, a traceback, code that ran, a step too many
-Row = namedtuple("Row", "fault injected resumed lost note", defaults=[""])
-HALF = ["--max_steps=12", "--lr_decay_steps=40"]  # the beginning of a run to 40
-no_hub = mock.patch("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+Row = namedtuple("Row", "injected resumed lost note", defaults=[""])
+rng = random.Random(0)  # of all that is random here; runs in this process seed the others
 
 
 def wrong(problem, *what):
@@ -55,12 +52,13 @@ def prepared(folder, *argv):
     return data, out
 
 
-def end_of(script, *argv, **how):
+@mock.patch("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+def end_of(script, *argv, stdin=b"", threads=1):
     """How a script ends, run in this process; with a traceback or after a minute, too."""
     signal.signal(signal.SIGALRM, signal.default_int_handler)
     signal.alarm(60)
     try:
-        return run_main(script.main, *argv, **{"threads": 1, **how})
+        return run_main(script.main, *argv, stdin=stdin, threads=threads)
     except (Exception, KeyboardInterrupt):
         return Result("crash", "", traceback.format_exc())
     finally:
@@ -70,65 +68,79 @@ def end_of(script, *argv, **how):
 # ---- kills and signals ----
 
 COMPILERS = {"cc1plus\n", "clang\n"}
-INSTANTS = {  # of a process p that writes to out; and how many seconds it lasts
+INSTANTS = {  # what tells that a process p, which writes to out, is there; for how many seconds
     "the start": (lambda p, out: True, 0.3),
     "the first step": (lambda p, out: (out / "run.json").exists(), 0),
     "compiling": (lambda p, out: COMPILERS & {proc(i, "comm") for i in descendants(p.pid)}, 0),
     "an evaluation": (lambda p, out: last_step(out) % 10 == 9, 0.04),
     "a save": (lambda p, out: is_saving(out), 0.004),
     "a step": (lambda p, out: True, 0.03)}
+INT, TERM, HUP, KILL = signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGKILL
+EARLY, LATER = ["the start", "the first step"], ["an evaluation", "a save", "a step"]
+KILLS = [([KILL], at) for at in ("a save", *LATER, "the start", "an evaluation")]
+SIGNALS = [([signum], at) for signum in (INT, TERM, HUP) for at in EARLY + LATER]
+SIGNALS += [([a, b], at) for a, b in ((INT, INT), (TERM, TERM), (HUP, HUP), (TERM, INT))
+            for at in LATER]
+COMPILING = [([signum], "compiling") for signum in (INT, TERM, HUP)]
 
 
-def wait_for(instant, p, out, later):
-    """Waits until p is at an instant, at least so many steps later (None: at once); then a bit."""
-    (is_there, seconds), begin = INSTANTS[instant], last_step(out)
-    is_later = lambda: later is None or begin != last_step(out) >= begin + later  # noqa: E731
-    p.until(lambda: is_later() and is_there(p, out))
-    return seconds
+def stops(folder, n, cases, lives=1):
+    """n runs are stopped at an instant, exit as they are asked to, save, and go on to the bit.
 
-
-def kills(folder, n, seed=0, steps=150):
-    """SIGKILL, again and again on a run until it finishes, at random instants of every kind."""
-    keys = [f"--max_steps={steps}", "--learning_rate=1", "--min_lr=1"]  # the best is not the newest
-    rng, (data, wanted) = random.Random(seed), prepared(folder, *keys)
-    kinds = ["a save", "an evaluation", "a step", "a save", "the start", "an evaluation"]
-    stride = max(12, 2 * steps // (n + 1))  # steps that a life has at most
-    hits, runs, lost, torn = Counter(), 1, 0, 0
-    while runs < n + 9:
-        out, kind = folder / f"out{runs}", kinds[hits.total() % len(kinds)]
-        with training(folder, data, *keys, out=out) as p:
-            if hits.total() < n:
-                later = rng.randrange(stride) - 5 * (kind != "a step")  # between two saves
-                seconds = wait_for(kind, p, out, None if kind == "the start" else later)
-                time.sleep(rng.random() * seconds)
-                if p.alive:
-                    p.kill()
-                    hits[kind] += 1
-                    torn += is_saving(out)
-                    continue
-            expect_end(p.end())
+    cases: (one or two signals, one of INSTANTS), by turns. lives: stops of the same run. (With
+    such learning rates its best checkpoint is not its newest.)"""
+    keys = [f"--max_steps={30 + 20 * lives}", "--learning_rate=1", "--min_lr=1"]
+    if cases == COMPILING:
+        keys = ["--max_steps=10", "--compile=true"]
+    (data, wanted), hits, lost, torn = prepared(folder, *keys), Counter(), 0, 0
+    for i in range(n):
+        (signums, instant), out = cases[i % len(cases)], folder / f"out{i // lives}"
+        is_there, seconds = INSTANTS[instant]
+        due = last_step(out) + rng.randrange(6, 16) if instant in LATER else 0
+        fresh = {"TORCHINDUCTOR_CACHE_DIR": str(folder / f"cache{i}")}
+        with training(folder, data, *keys, out=out, **fresh) as p:
+            p.until(lambda: last_step(out) >= due and is_there(p, out))
+            time.sleep(rng.random() * seconds)
+            at, was_alive = last_step(out), p.alive
+            for signum in signums:
+                p.signal(signum)
+                time.sleep(0.002)
+            code, text = p.wait(), p.text
+        hits[instant] += 1
+        torn += is_saving(out)
+        saved, is_asked = train.checkpoints(out), code - 128 in signums
+        if signums == [KILL]:
+            is_right = code == -KILL
+        elif not saved and instant not in LATER:  # it did not listen yet, or had nothing to save
+            is_right = code == -signums[0] or is_asked and instant == "compiling"
+        elif signums[1:] == [INT]:  # a Ctrl-C after another signal leaves at once
+            is_right = is_asked and intact(out)
+        else:
+            is_saved = at <= train.step_of(saved[-1]) <= at + 2 and saved[-1].name in text
+            is_right = is_asked and is_saved
+        is_silent = instant == "the start" or "Traceback" not in text and "Error" not in text
+        problem = not (is_right and is_silent and was_alive)
+        lost += wrong(problem, signums, instant, f"at {at}, exit {code}", saved, text)
+    for out in folder.glob("out*"):
+        expect_end(train_here(data, out, *keys, "--resume=auto"))
         lost += lost_bits(wanted, out)
-        if hits.total() == n:
-            return Row("SIGKILL in a training", n, n, lost, f"{dict(hits)}, {torn} torn saves")
-        runs += 1
-    raise AssertionError(f"no process was ever at {kind}")
+    return Row(n, n, lost, f"{dict(hits)}, {torn} torn saves")
 
 
-def kill_preparation(folder, n, seed=0):
+def kill_preparation(folder, n):
     """SIGKILL at random instants of prepare.py: the old data, the new or none are there, whole."""
-    rng, small, injected, lost = random.Random(seed), make_data(folder / "small"), 0, 0
-    text, out, began = folder / "big.txt", folder / "killed" / "data", time.monotonic()
+    text, out, small = folder / "big.txt", folder / "killed" / "data", make_data(folder / "small")
     text.write_text((folder / "small.txt").read_text() * 20)
-    argv = ["--input", text, "--tokenizer", folder / "bytes", "--out_dir", out]
+    argv, began = ["--input", text, "--tokenizer", folder / "bytes", "--out_dir", out], time.time()
     expect_end(end_of(prepare, *argv))
-    seconds, whole = time.monotonic() - began, snapshot(out)
+    seconds, whole = time.time() - began, snapshot(out)
     shutil.rmtree(out)
-    allowed = [whole, {}]
+    allowed, injected, lost = [whole, {}], 0, 0
     for i in range(n):
         with Process([ROOT / "prepare.py", *argv], out.parent) as p:
             if i % 3:  # as soon as something is on the disk, or at any time
                 p.until(lambda: len(os.listdir(out.parent)) > 1 + out.exists())
-            time.sleep(rng.random() * seconds)
+            time.sleep(rng.random() * seconds / 2)
             injected += p.alive
         found = out if out.exists() else out.with_name(".data.old")  # between two renames
         lost += wrong(snapshot(found) not in allowed, "no whole data", found)
@@ -141,49 +153,7 @@ def kill_preparation(folder, n, seed=0):
     (out / "notes.txt").write_text("of someone else")
     done = end_of(prepare, *argv)
     lost += wrong(flaw(done, [1], "notes.txt") or not (out / "notes.txt").exists(), done)
-    return Row("SIGKILL in prepare.py", injected, injected, lost)
-
-
-NAMES = ("SIGINT", "SIGTERM", "SIGHUP")
-LATER = {"an evaluation": 1, "a save": 10, "a step": 22}  # steps after which a signal comes
-SIGNALS = [([name], at) for name in NAMES for at in ("the start", "the first step", *LATER)]
-SIGNALS += [([name, name], at) for name in NAMES for at in LATER]
-SIGNALS += [(["SIGTERM", "SIGINT"], at) for at in LATER]
-SHORT = [(["SIGINT"], "the first step"), (["SIGTERM"], "an evaluation"), (["SIGHUP"], "a save"),
-         (["SIGINT", "SIGINT"], "a step")]
-COMPILING = [([name], "compiling") for name in NAMES]
-
-
-def signals(folder, cases, keys=("--max_steps=60",)):
-    """One or two signals at an instant: the run exits as they ask, saves, and goes on to the bit.
-
-    cases: (names of the signals, one of INSTANTS)."""
-    lost, (data, wanted) = 0, prepared(folder, *keys)
-    for i, (names, instant) in enumerate(cases):
-        out, signums = folder / f"out{i}", [getattr(signal, name) for name in names]
-        fresh = {"TORCHINDUCTOR_CACHE_DIR": str(folder / f"cache{i}")}
-        with training(folder, data, *keys, out=out, **fresh) as p:
-            time.sleep(wait_for(instant, p, out, LATER.get(instant)) / 3)
-            at, was_alive = last_step(out), p.alive
-            for signum in signums:
-                p.signal(signum)
-                time.sleep(0.002)
-            code, text = p.wait(), p.text
-        saved, early = train.checkpoints(out), ("the start", "the first step", "compiling")
-        is_early = instant in early and code < 0  # it had not begun to listen
-        if is_early or instant == "compiling" and not saved:  # there was nothing to save yet
-            is_right = not saved
-        elif names[1:] == ["SIGINT"]:  # a Ctrl-C after another signal leaves at once
-            is_right = intact(out)
-        else:
-            is_right = at <= train.step_of(saved[-1]) <= at + 2 and saved[-1].name in text
-        allowed = [-signums[0]] if is_early and code < 0 else [128 + signum for signum in signums]
-        is_silent = instant == "the start" or "Traceback" not in text and "Error" not in text
-        is_right = is_right and is_silent and was_alive and code in allowed
-        lost += wrong(not is_right, names, instant, f"at {at}, exit {code}", saved, text)
-        expect_end(train_here(data, out, *keys, "--resume=auto"))
-        lost += lost_bits(wanted, out)
-    return Row("SIGINT, SIGTERM, SIGHUP", len(cases), len(cases), lost, " ".join(keys))
+    return Row(injected, injected, lost)
 
 
 def second_process(folder):
@@ -197,38 +167,38 @@ def second_process(folder):
             lost += wrong(flaw(done := train_here(data, out, *argv), [1], out), argv, done)
         p.signal(signal.SIGCONT)
         expect_end(p.end())
-    return Row("second process on an out_dir", len(tries), 0, lost + lost_bits(wanted, out))
+    return Row(len(tries), 0, lost + lost_bits(wanted, out))
 
 
 # ---- disks, damaged checkpoints, damaged data ----
-
 
 def disks(folder, cases):
     """A disk fills up, a file grows too large, a folder is read-only: said; later, no bit is lost.
 
     cases: (what the system says, bytes that are left)."""
-    (data, wanted), lost, disk = prepared(folder), 0, folder / "disk"
+    (data, wanted), disk, injected, lost = prepared(folder), folder / "disk", len(cases), 0
     disk.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", "size=16m", "tmpfs", disk]
     if os.geteuid() or subprocess.run(mount, capture_output=True).returncode:
         raise SkipTest("no file system can be mounted here")
     try:
-        for i, (words, left) in enumerate(cases):
-            out, filler = disk / f"out{i}", disk / "filler"
-            expect_end(train_here(data, out, *HALF))
+        for words, left in cases:
+            out, filler = disk / "out", disk / "filler"
+            expect_end(train_here(data, out, "--max_steps=12", "--lr_decay_steps=40"))
             before = [path.read_bytes() for path in train.checkpoints(out)]
             limits = [(resource.RLIMIT_FSIZE, (left, left))] if words == "File too large" else []
             if words == "Read-only":
                 subprocess.run(["mount", disk, "-o", "remount,ro"], check=True)
                 lost += wrong(flaw(done := train_here(data, disk / "new"), [1], words), done)
-            with training(folder, data, out=out, limits=limits) as p:
+                injected += 1
+            # (The next save is far, so that the disk is full before it.)
+            with training(folder, data, "--checkpoint_interval=40", out=out, limits=limits) as p:
                 if words == "No space left":
                     p.until(lambda: last_step(out) >= 13)
                     p.signal(signal.SIGSTOP)
-                    with open(filler, "wb", buffering=0) as f, contextlib.suppress(OSError):
-                        while True:
-                            f.write(bytes(4096))
-                    os.truncate(filler, filler.stat().st_size - left // 4096 * 4096)
+                    with open(filler, "wb") as f:
+                        size = shutil.disk_usage(disk).free - left // 4096 * 4096
+                        os.posix_fallocate(f.fileno(), 0, size)
                     p.signal(signal.SIGCONT)
                 done = p.end()
             subprocess.run(["mount", disk, "-o", "remount,rw"], check=True)
@@ -240,18 +210,17 @@ def disks(folder, cases):
             shutil.rmtree(out)
     finally:
         subprocess.run(["umount", "-l", disk], check=True)
-    injected = len(cases) + (words == "Read-only")
-    return Row("disk full, save fails half-way, read-only", injected, len(cases), lost)
+    return Row(injected, len(cases), lost)
 
 
-def damaged_checkpoints(folder, n, seed=0):
+def damaged_checkpoints(folder, n):
     """The newest checkpoint cut at n lengths, with one of n bytes changed, zeroed, made longer."""
     keys = ["--vocab_size=257", "--hidden_size=16", "--eval_interval=0", "--max_steps=10"]
-    rng, (_, wanted), lost = random.Random(seed), prepared(folder, *keys), 0
+    (_, wanted), lost, edge = prepared(folder, *keys), 0, min(200, n)
     out = shutil.copytree(wanted, folder / "out")
     before, newest = train.checkpoints(out)
     good = newest.read_bytes()
-    size, edge = len(good), min(200, n)
+    size = len(good)
     lengths = {0, 1, size - 1, size - 39, size - 40, *(rng.randrange(size) for _ in range(n))}
     places = {*range(edge), *range(size - edge, size), *(rng.randrange(size) for _ in range(n))}
     bad = [bytes(size), good + b"\0", good[:-4096] + bytes(4096), good + good]
@@ -272,21 +241,20 @@ def damaged_checkpoints(folder, n, seed=0):
         flip(path, -1)
     left, done = snapshot(out), resume_here(out)
     lost += wrong(flaw(done, [1], out) or snapshot(out) != left, "none is whole", done)
-    return Row("checkpoint damaged", len(bad) + 3, len(bad) + 2, lost)
+    return Row(len(bad) + 3, len(bad) + 2, lost)
 
 
 def damaged_data(folder):
     """Data cut, changed, missing or of another dataset are refused before a first step."""
-    (own, out), data, lost, tried = prepared(folder, *HALF), folder / "damaged", 0, 0
+    (own, out), data, lost, tried = prepared(folder, "--max_steps=12"), folder / "damaged", 0, 1
     other, run = snapshot(make_data(folder / "other", start=100_000)), snapshot(out)
     for name in ("train.bin", "val.bin", "meta.json", "tokenizer/tokenizer.json"):
         raw = (own / name).read_bytes()
         changed = raw[:99] + bytes([raw[99] ^ 1]) + raw[100:]
         bad_ones = [raw[:-3], raw[:-2], raw + b"\0\0", b"", changed, b"[" * 100_000]
-        for bad in (*bad_ones, other[name], None):
-            if bad == raw or bad is None and "tokenizer" in name:
-                continue
-            shutil.rmtree(data, ignore_errors=True)
+        if other[name] != raw:  # (the tokenizer is the same, and need not be there)
+            bad_ones += [other[name], None]
+        for bad in bad_ones:
             shutil.copytree(own, data)
             (data / name).unlink() if bad is None else (data / name).write_bytes(bad)
             for done in (train_here(data, folder / "new"),
@@ -294,16 +262,14 @@ def damaged_data(folder):
                 problem = flaw(done, [1, 2], data) or last_step(folder / "new")
                 lost += wrong(problem or snapshot(out) != run, name, (bad or b"")[:99], done)
                 tried += 1
+            shutil.rmtree(data)
     shutil.rmtree(own)  # a whole other dataset, in the place of the run's own
     shutil.copytree(folder / "other", own)
     lost += wrong(flaw(done := resume_here(out, "--max_steps=40"), [1], own), done)
-    done = resume_here(out, "--max_steps=14", f"--data_dir={own}")  # meant: made, and said
-    lost += wrong(flaw(done) or "data " not in done.out or "→" not in done.out, done)
-    return Row("data damaged or swapped", tried + 1, 0, lost)
+    return Row(tried, 0, lost)
 
 
 # ---- strangers, other machines, memory ----
-
 
 class Evil(str):
     """What a stranger's pickle can hold: loading it without care makes a file of this name."""
@@ -314,17 +280,16 @@ class Evil(str):
 
 BAD = "modeling_evil.Evil"
 CODE = {"auto_map": {"AutoModelForCausalLM": BAD, "AutoConfig": BAD, "AutoTokenizer": [BAD, BAD]}}
-MODELS = [  # a stranger's folder, what its two configs say, whether it is to be refused
-    ("pickle beside", {}, {}, False), ("pickle only", {}, {}, True), ("code", CODE, CODE, False),
-    ("code class", CODE, {**CODE, "tokenizer_class": "Evil"}, False),
-    ("code type", {**CODE, "model_type": "evil"}, CODE, True)]
+MODELS = [  # the exit code, a stranger's folder, what its two configs say
+    (0, "pickle beside", {}, {}), (1, "pickle only", {}, {}), (0, "code", CODE, CODE),
+    (0, "code class", CODE, {**CODE, "tokenizer_class": "Evil"}),
+    (1, "code type", {**CODE, "model_type": "evil"}, CODE)]
 
 
-@no_hub
 def strangers(folder):
     """Checkpoints, models, tokenizers that would run code leave no trace of having done so."""
     (data, out), marker, ends = prepared(folder, "--max_steps=5"), folder / "code was run", []
-    state, evil, tokens = train.load_checkpoint(out)[1], Evil(marker), "--max_new_tokens=1"
+    state, evil, hf = train.load_checkpoint(out)[1], Evil(marker), folder / "hf"
     pickle.loads(pickle.dumps(evil))
     expect(marker.exists(), "the attack itself does not work")
     marker.unlink()
@@ -346,35 +311,32 @@ def strangers(folder):
     for i, content in enumerate([pickle.dumps(evil), *bad]):
         path = shutil.copytree(out, folder / f"bad{i}") / "step_000005.pt"
         path.write_bytes(content) if i == 0 else train.write_checkpoint(path, content)
-        attack([1] if i < 5 else (0, 1, 2), sample, "--checkpoint", path.parent, tokens)
-        attack([1] if i < 5 else (0, 1, 2), train, f"--resume={path}", "--max_steps=6")
+        codes = [1] if i < 5 else [0, 1, 2]
+        attack(codes, sample, "--checkpoint", path.parent, "--max_new_tokens=1")
+        attack(codes, train, f"--resume={path}", "--max_steps=6")
     # Weights as a pickle are not read; a config that names code is refused or ignored.
-    hf, sizes = folder / "hf", {name: state["config"][name] for name in train.SIZES}
-    export.save_pretrained(SmolLM2(SmolLM2Config(**sizes)), hf, torch.float32)
-    shutil.copytree(data / "tokenizer", hf, dirs_exist_ok=True)
+    expect_end(end_of(export, out, hf))
     for name in ("modeling_evil.py", "tokenization_evil.py"):
         (hf / name).write_text(f"open({str(marker)!r}, 'w')\nclass Evil:\n    pass\n")
     torch.save({"model.embed_tokens.weight": evil}, hf / "pytorch_model.bin")
-    new = [*RUN, f"--data_dir={data}", "--max_steps=1"]
-    for kind, *edits, is_bad in MODELS:
+    for code, kind, *edits in MODELS:
         target = shutil.copytree(hf, folder / kind)
-        for name, edit in zip(("config.json", "tokenizer_config.json"), edits):
-            config = json.loads((target / name).read_text())
-            (target / name).write_text(json.dumps({**config, **edit}))
+        for file, edit in zip((target / "config.json", target / "tokenizer_config.json"), edits):
+            file.write_text(json.dumps({**json.loads(file.read_text()), **edit}))
         if kind == "pickle only":
             (target / "model.safetensors").unlink()
-        can_write = [0] if kind == "pickle beside" else (0, 1)
-        attack([1] if is_bad else can_write, sample, "--checkpoint", target, tokens)
-        attack([int(is_bad)], train, *new, f"--init_from={target}", f"--out_dir={target}/new")
+        keys = [*RUN, f"--data_dir={data}", f"--out_dir={target}/new", "--max_steps=1"]
+        attack([code], sample, "--checkpoint", target, "--max_new_tokens=1")
+        attack([code], train, *keys, f"--init_from={target}")
     # A tokenizer that brings code: beside a checkpoint, beside the data, and for prepare.py.
     for place in (out, data):
         shutil.rmtree(place / "tokenizer")
         shutil.copytree(target, place / "tokenizer")
-    attack((0, 1), sample, "--checkpoint", out, tokens)
-    attack((0, 1), train, f"--resume={out}", "--max_steps=6", "--sample_interval=1")
-    text = folder / "data.txt"
-    attack((0, 1), prepare, "--input", text, "--tokenizer", target, "--out_dir", folder / "d")
-    return Row("a stranger's file", len(ends), 0, sum(ends), "no code was run")
+    attack([0], sample, "--checkpoint", out, "--max_new_tokens=1")
+    attack([0], train, f"--resume={out}", "--max_steps=6", "--sample_interval=1")
+    argv = ["--input", folder / "data.txt", "--tokenizer", target, "--out_dir", folder / "new"]
+    attack([0], prepare, *argv)
+    return Row(len(ends), 0, sum(ends))
 
 
 MACHINES = [  # edits of the checkpoint's machine, keys, the exit code, what a resume says
@@ -398,8 +360,8 @@ def other_machine(folder):
     for i, (machine, argv, code, words) in enumerate(MACHINES):
         out = shutil.copytree(kept, folder / f"out{i}")
         path, state = train.load_checkpoint(out)
-        edits = {"rng": drawn, "machine": state["machine"] | machine}
-        train.write_checkpoint(path, {**state, **edits})
+        state |= {"rng": drawn, "machine": state["machine"] | machine}
+        train.write_checkpoint(path, state)
         done = end_of(train, f"--resume={out}", "--max_steps=12", *argv, threads=2)
         said = done.out + done.err
         problem = flaw(done, [code]) or not all(word in said for word in words)
@@ -407,27 +369,24 @@ def other_machine(folder):
         problem = problem or differences(train.load_checkpoint(out)[1]["rng"], drawn)
         lost += wrong(problem, machine, argv, done)
         resumed += code == 0
-    return Row("another machine or model", len(MACHINES), resumed, lost)
+    return Row(len(MACHINES), resumed, lost)
 
 
 def memory(folder, steps):
     """Resident memory of a run with evaluations, samples, checkpoints does not grow."""
-    data, out, seen = make_data(folder / "data"), folder / "out", {}
+    data, out, peaks = make_data(folder / "data"), folder / "out", []
     keys = [f"--{what}_interval=50" for what in ("sample", "eval", "checkpoint")]
-    # (With an option first it starts cold: a fork's pages count only as it touches them.)
-    command = ["-X", "utf8", ROOT / "train.py", *RUN, f"--data_dir={data}", f"--out_dir={out}"]
-    with Process([*command, f"--max_steps={steps}", *keys], folder, OMP_NUM_THREADS="1") as p:
-        while p.alive:
-            status = proc(p.pid, "status").partition("VmRSS:")[2]
-            if status and (step := last_step(out)):
-                seen[step] = int(status.split()[0])
-            time.sleep(0.01)
+    with training(folder, data, f"--max_steps={steps}", *keys, out=out) as p:
+        for begin in (100, steps - 100):
+            p.until(lambda: last_step(out) > begin)
+            Path(f"/proc/{p.pid}/clear_refs").write_text("5")  # the peak is that from now on
+            p.until(lambda: last_step(out) > begin + 50)
+            peaks.append(int(proc(p.pid, "status").partition("VmHWM:")[2].split()[0]))
         expect_end(p.end())
-    expect(len(os.listdir(out / "samples")) == steps // 50 and len(seen) > steps / 50, "too few")
-    first = max(kb for step, kb in seen.items() if 100 < step <= 150)
-    growth = max(kb for step, kb in seen.items() if step > steps - 100) / first - 1
-    note = f"{first >> 10} MiB after 100 steps, {growth:+.2%} after {steps}"
-    return Row("memory", 0, 0, wrong(growth >= 0.02, note), note)
+    expect(len(os.listdir(out / "samples")) == steps // 50, "too few samples")
+    growth = peaks[1] / peaks[0] - 1
+    note = f"{peaks[0] >> 10} MiB after 100 steps, {growth:+.2%} after {steps}"
+    return Row(0, 0, wrong(growth >= 0.02, note), note)
 
 
 # ---- fuzzing: a good command line or file, with something in it that does not belong there ----
@@ -435,8 +394,8 @@ def memory(folder, steps):
 WORDS = ["", " ", "4 4", "4\n", "9" * 5000, "a\0b", "\udcff", str(2**47), str(2**48), str(2**63),
          *"""0 -1 -0.0 1 3 65536 0.5 nan inf 1e999 1e308 1e-320 0x10 1__0 ½ true None [] four 4,5
          nowhere/x /proc/x /dev/null . é cuda mps float16 bfloat16 muon wsd auto --help""".split()]
-BYTES = [b"\n", b" " * 5000, b"\0" * 700, b"\xff\xfe", b"\xef\xbb\xbf", b"\xc3(", b"\xed\xa0\x80",
-         b"x" * 9000, "é\N{SNOWMAN}\U0001f600 ".encode() * 90, b"<|endoftext|>" * 40, b"[" * 3000,
+BYTES = [b"\n", b" " * 3000, b"\0" * 700, b"\xff\xfe", b"\xef\xbb\xbf", b"\xc3(", b"\xed\xa0\x80",
+         b"x" * 3000, "é\N{SNOWMAN}\U0001f600 ".encode() * 90, b"<|endoftext|>" * 40, b"[" * 3000,
          b"\r\n\r\r\n" * 90, b"\x1f\x8b", b'{"text": 3}\n' * 20, b"%PDF", b"PK\3\4", b"(" * 300,
          b"\nimport os\n", b"\nopen('code was run', 'w')\n", b"\nseed = beta1 = 3\n",
          b"\nseed += 1\n", b"\nseed: int = 4\n", b"\nseed = 2 * 2\n", b"\nbeta1 = 3+4j\n",
@@ -445,12 +404,12 @@ KEYS = {name: f.default for name, f in train.KEYS.items()
         if name not in ("max_steps", "batch_size", "block_size", *train.SIZES)}
 SAMPLE = {"temperature": 0.8, "top_k": 9, "top_p": 0.9, "seed": 3,
           "stop": "x", "device": "cpu", "dtype": "float32", "num_samples": 2}
-PREPARE = {"val_fraction": 0.2, "input": "book.txt", "tokenizer": "bytes"}
+PREPARE = {"val_fraction": 0.2, "out_dir": "elsewhere", "tokenizer": "bytes"}
 RECIPE = "\n".join(f"{name} = {value!r}" for name, value in KEYS.items()).encode()
-PROSE = b"Who's there? Nay, answer me: stand, and unfold yourself.\n" * 9
+PROSE = b"Who's there? Nay, answer me: stand, and unfold yourself.\n" * 3
 
 
-def bent(rng, good, new):
+def bent(good, new):
     """A command line (a list) or a file with parts repeated, cut off, or replaced by new()."""
     for _ in range(rng.choice([0, 1, 1, 2, 3])):
         i = rng.randrange(len(good) + 1)
@@ -459,79 +418,66 @@ def bent(rng, good, new):
     return good
 
 
-def words(rng, keys, is_good):
-    """Some of the keys with their values; if they are not to be good, some are bent."""
-    def new():
-        letters = rng.choices("az09 .,-_=+*/\\'\"#\n\té\U0001f600", k=9)
-        other = rng.choice([*WORDS, "".join(letters)])
-        return [rng.choice([other, *[f"--{rng.choice([*keys])}={other}"] * 5])]
-    good = [f"--{key}={keys[key]}" for key in rng.sample([*keys], 3)]
-    return good if is_good else bent(rng, good, new)
-
-
-@no_hub
-def fuzz(folder, n, seed=0, real=False):
+def fuzz(folder, n, real=False):
     """n bent inputs, here or (real) as commands: success, or one line that says why not."""
-    rng, (data, out), lost = random.Random(seed), prepared(folder, "--max_steps=5"), 0
-    before, tried, ended = snapshot(out.rename(folder / "out")), Counter(), Counter()
+    (data, out), lost, ended = prepared(folder, "--max_steps=5"), 0, Counter()
+    before, file, made = snapshot(out), folder / "given" / "step_000001.pt", folder / "made"
+    out.rename("out")
+    file.parent.mkdir()
     memory = [(resource.RLIMIT_AS, (8 * 2**30, 8 * 2**30))]
     small = [f"--data_dir={data}", "--max_steps=2", "--eval_tokens=64", "--compile=false"]
     for number in range(n):
         kind = ["recipe", "text", "prompt", "checkpoint", "too large"][number % (4 + real)]
-        made = folder / f"made{number}"
         raw, is_bent = RECIPE if kind == "recipe" else PROSE, rng.random() < 0.5
-        raw = bent(rng, raw, lambda: rng.choice(BYTES)) if is_bent else raw
-        file = made.with_suffix(rng.choice([".txt", ".py"]))
-        if kind == "checkpoint":
-            file = made / "step_000001.pt"
-        file.parent.mkdir(exist_ok=True)
+        if is_bent:
+            raw = bent(raw, lambda: rng.choice(BYTES))
         file.write_bytes(raw)
-        checkpoint = folder / rng.choice(["out", "out", "out", "bytes", "nothing"])
-        tokenizer = rng.choice([folder / "bytes", file])
         script, keys, argv = {
             "recipe": (train, KEYS, [file, *RUN, f"--out_dir={made}", *small]),
-            "checkpoint": (train, KEYS, [f"--resume={rng.choice([file, made])}", *small]),
-            "text": (prepare, PREPARE, [f"--tokenizer={tokenizer}", f"--out_dir={made}",
-                                        f"--input={file}"]),
+            "checkpoint": (train, KEYS, [f"--resume={rng.choice([file, file.parent])}", *small]),
+            "text": (prepare, PREPARE, ["--tokenizer", rng.choice(["bytes", file]),
+                                        f"--out_dir={made}", f"--input={file}"]),
             "prompt": (sample, SAMPLE, ["--prompt", rng.choice(["-", os.fsdecode(raw)]),
-                                        "--checkpoint", checkpoint, "--max_new_tokens=3"]),
-            "too large": (train, KEYS, [*RUN, *small, f"--out_dir={made}", "--hidden_size=65536"]),
+                                        "--checkpoint", rng.choice(["out", "bytes", "nothing"]),
+                                        "--max_new_tokens=3"]),
+            "too large": (train, KEYS, [*RUN, *small, f"--out_dir={made}", "--hidden_size=65536"])
         }[kind]
-        argv = [*words(rng, keys, is_bent), *argv]
-        with contextlib.chdir(folder):
-            if real:
-                command = [str(word).replace("\0", "") for word in (ROOT / script.__file__, *argv)]
-                with Process(command, folder, limits=memory) as p:
-                    done = p.end(60)
-            else:
-                done = end_of(script, *argv, stdin=raw)
-            if script is prepare and made.exists():
-                prepare.open_data(made)  # raises where it is damaged
+        words = [f"--{key}={keys[key]}" for key in rng.sample([*keys], 3)]
+        if not is_bent:  # or else a bent line could hide what the file does
+            odd = [*WORDS, "".join(rng.choices("az09 .,-_=+*/\\'\"#\n\té\U0001f600", k=9))]
+            odd += [f"--{rng.choice([*keys])}={word}" for word in odd * 5]
+            words = bent(words, lambda: [rng.choice(odd)])
+        argv = [*words, *argv]
+        if real:
+            argv = [str(word).replace("\0", "") for word in argv]
+            done = run_script(f"{script.__name__}.py", *argv, limits=memory, HF_HUB_OFFLINE="1")
+        else:
+            done = end_of(script, *argv, stdin=raw)
+        if script is prepare and made.exists():
+            prepare.open_data(made)  # raises where it is damaged
         problem = flaw(done, (0, 1, 2), f"{script.__name__}.py: ")
         problem = problem or done.code == 2 and len(done.err.splitlines()) > 1
         lost += wrong(problem, [str(word)[:200] for word in argv], raw[:200], done)
         shutil.rmtree(made, ignore_errors=True)
-        tried[kind] += 1
-        ended[done.code] += 1
-    lost += wrong(snapshot(folder / "out") != before, "a file of another run was changed")
+        ended[kind, done.code] += 1
+    lost += wrong(snapshot("out") != before, "a file of another run was changed")
     lost += wrong([*folder.rglob("code was run")], "A RECIPE RAN CODE")
-    what = "fuzzing, real commands" if real else "fuzzing, in one process"
-    return Row(what, n, 0, lost, f"{dict(tried)}; exit codes {dict(ended)}")
+    return Row(n, 0, lost, f"exit codes {dict(ended)}")
 
 
 # ---- the campaign ----
 
+SHORT = [SIGNALS[i] for i in (1, 7, 13, 17)]
 DISKS = [("No space left", left) for left in (100_000, 0, 4096, 300_000, 600_000)]
 DISKS += [("File too large", left) for left in (300_000, 100_000, 700_000)] + [("Read-only", 0)]
-COMPILED = {"keys": ["--compile=true", "--max_steps=10"]}
 PARTS = {  # what it is, the short form for the test suite, and the long one
-    "kills": (kills, {"n": 5, "steps": 60}, {"n": 100}),
-    "preparation": (kill_preparation, {"n": 2}, {"n": 25}),
+    "kills": (stops, {"cases": KILLS, "n": 5, "lives": 5}, {"cases": KILLS, "n": 100, "lives": 6}),
+    "preparation": (kill_preparation, {"n": 3}, {"n": 25}),
     "disks": (disks, {"cases": DISKS[::5] + DISKS[-1:]}, {"cases": DISKS}),
     "checkpoints": (damaged_checkpoints, {"n": 40}, {"n": 1000}),
     "data": (damaged_data, {}, {}),
-    "signals": (signals, {"cases": SHORT}, {"cases": SIGNALS}),
-    "compiling": (signals, {"cases": COMPILING[:1], **COMPILED}, {"cases": COMPILING, **COMPILED}),
+    "signals": (stops, {"cases": SHORT, "n": 4}, {"cases": SIGNALS, "n": 27}),
+    "compiling": (stops, {"cases": COMPILING, "n": 1}, {"cases": COMPILING, "n": 3}),
     "second": (second_process, {}, {}),
     "strangers": (strangers, {}, {}),
     "machine": (other_machine, {}, {}),
@@ -552,19 +498,21 @@ def main():
     for name in args.only:
         part, _, how = PARTS[name]
         if "n" in how:
-            how = {**how, "n": getattr(args, name, how["n"]), "seed": args.seed}
+            how = {**how, "n": getattr(args, name, how["n"])}
+        rng.seed(args.seed)
         with tempfile.TemporaryDirectory(prefix="torture_") as folder:
+            os.chdir(folder)
             try:
                 rows.append(part(Path(folder).resolve(), **how))
             except SkipTest as e:
-                rows.append(Row(name, 0, 0, 0, f"SKIPPED: {e}"))
+                rows.append(Row(0, 0, 0, f"SKIPPED: {e}"))
             except Exception as e:
                 traceback.print_exc()
-                rows.append(Row(name, "", "", "FAILED", repr(e)[:100]))
-        print(f"{time.monotonic() - began:.0f} s: {rows[-1]}", flush=True)
+                rows.append(Row("", "", "FAILED", repr(e)[:100]))
+        print(f"{time.monotonic() - began:.0f} s: {name}: {rows[-1]}", flush=True)
     print("| fault | injected | resumed | lost | |\n| --- | ---: | ---: | ---: | --- |")
-    for row in rows:
-        print(f"| {' | '.join(map(str, row))} |")
+    for name, row in zip(args.only, rows):
+        print(f"| {name} | {' | '.join(map(str, row))} |")
     sys.exit(any(row.lost for row in rows))
 
 
