@@ -88,7 +88,7 @@ test_torture::test_nothing_is_lost[second]
 test_resume::test_the_run_is_a_whole_whatever_became_of_its_data
   train: another tokenizer is taken | if old["tokenizer"] != new["tokenizer"]: | if False:
   sample: any tokenizer is taken | prepare.tokenizer_digest(folder).startswith(state["data"]["tokenizer"]) | True
-test_torture::test_nothing_is_lost[data]
+test_resume::test_other_data_are_refused_unless_named
   train: other data are taken | if old != new and "data_dir" | if False and "data_dir"
 test_torture::test_nothing_is_lost[machine]
   train: changes of the run are not named | if changes: | if False:

@@ -313,6 +313,15 @@ def test_a_run_goes_on_in_fp16_and_out_of_it_again(finished):
         assert result.code == 0 and f"→ {dtype}" in result.out, result
 
 
+def test_other_data_are_refused_unless_named(finished, data):
+    state = read(finished / "step_000008.pt")
+    state["data"]["train"] = "0" * 16
+    train.write_checkpoint(finished / "step_000008.pt", state)
+    refused(resume_here("out", "--max_steps=9"), "not the data", "--data_dir", code=1)
+    result = resume_here("out", "--max_steps=9", f"--data_dir={data}")
+    assert result.code == 0 and "data 00000000" in result.out, result
+
+
 @pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="Linux tells which file is flushed")
 def test_a_checkpoint_reaches_the_disk_before_its_name_and_the_name_after(finished, monkeypatch):
     events = watch_disk(monkeypatch)
