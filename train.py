@@ -676,8 +676,9 @@ def set_up_machine(config):
     if WORLD_SIZE > 1:
         patience = timedelta(minutes=30)  # the first process may be preparing data
         store, *_ = next(dist.rendezvous("env://", timeout=patience))
-        # torchrun's store outlives a restart, with the addresses of the dead (pytorch #135712).
-        store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", ""), store)
+        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+            # torchrun's store outlives a restart, with the addresses of the dead (pytorch #135712).
+            store = dist.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
         dist.init_process_group("nccl" if on_gpu else "gloo", store=store, rank=RANK,
                                 world_size=WORLD_SIZE, timeout=patience,
                                 device_id=device if on_gpu else None)
