@@ -291,22 +291,21 @@ def test_demo_finds_runs_and_exports_and_writes_what_sample_writes(run_dir, expo
     shutil.copytree(exported, "bard")
     steps = [path.name for path in train.checkpoints(run_dir)[::-1]]
     files = [f"{run}/{step}" for run in ("out-new", "out-a") for step in steps]
-    choices = demo.found([])
-    assert list(choices) == [*files, "bard"] and demo.found(["x"]) == {"x": "x"}
+    choices = {name: shown for shown, name in demo.found([])}
+    assert list(choices) == [*files, "bard"] and demo.found(["x"]) == [("x", "x")]
     loss = metrics(run_dir)[-1]["val_loss"]
     assert choices["out-a/step_000012.pt"].startswith(f"out-a, step 12: held-out loss {loss:.3f}")
 
-    *_, shown = demo.show([], "me", "bard", files[1], "To be", "", *VALUES.values())
-    left, right, line, line_right, plain, stop = shown
+    *_, (body, plain, stop) = demo.show([], {}, "bard", files[1], "To be", "", *VALUES.values())
     done = run_main(sample.main, "--checkpoint=bard", "--seed=7", "--max_new_tokens=20",
                     "--temperature=0.9", "--top_k=30", "--top_p=0.95",
                     "--prompt=To be")
     assert plain + "\n" == done.out
-    assert re.fullmatch(r"20 tokens, [\d,]+ per second: done", line)
-    assert "done" in line_right and not stop.visible
-    assert '<span class="prompt">To be</span>' in left and right != left
-    *_, stopped = demo.show([], "me", "bard", "", "To be", plain[-3:], *VALUES.values())
-    assert plain.startswith(stopped[4]) and plain[-3:] not in stopped[4]  # a stop text
+    lines = re.findall(r'<p class="speed">done: 20 tokens, [\d,]+ per second</p>', body)
+    left, right = re.findall(r'<p class="written"><span>To be</span>(.*?)</p>', body, re.DOTALL)
+    assert len(lines) == 2 and right != left and not stop.visible
+    *_, (_, stopped, _) = demo.show([], {}, "bard", "", "To be", plain[-3:], *VALUES.values())
+    assert plain.startswith(stopped) and plain[-3:] not in stopped  # a stop text
 
 
 @needs("gradio")
@@ -319,8 +318,9 @@ def test_demo_has_a_message_for_a_bad_value_and_clears_the_old_text(
     shutil.copytree(exported, "bard")
     shown = []
     with pytest.raises(gradio.Error, match=told):
-        shown.extend(demo.show([], "me", name, "", prompt, "", *{**VALUES, **change}.values()))
-    assert shown[-1][:5] == ("", "", "", "", "") and not shown[-1][5].visible
+        shown.extend(demo.show([], {}, name, "", prompt, "", *{**VALUES, **change}.values()))
+    body, plain, stop = shown[-1]
+    assert (body, plain) == ('<div class="sides"></div>', "") and not stop.visible
 
 
 def test_a_space_is_a_new_folder_and_tells_nothing_of_this_machine(run_dir):
@@ -376,46 +376,48 @@ def test_demo_in_a_browser(run_dir, tmp_path):
         asked = []
         page.on("request", lambda request: asked.append(request.url))
 
-        def wait(words, side="left"):
-            line = f"document.querySelector('#{side}-speed')?.innerText"
-            page.wait_for_function(f"{line}.includes('{words}')")
+        prompt, length = page.get_by_label("Prompt"), page.get_by_label("number input for Length")
+        lines, texts = page.locator(".speed"), page.locator(".written")
+        stop = page.get_by_role("button", name="Stop")
 
-        def fill_length(value):
-            page.fill("#length input[type=number]", str(value))
-            page.keyboard.press("Tab")
+        def wait(words, side=0):
+            playwright.expect(lines.nth(side)).to_contain_text(words, timeout=60_000)
 
         page.goto(demo_url)
-        page.wait_for_function("document.querySelector('#checkpoint input')?.value")  # it is loaded
-        fill_length(1000)  # long enough to be seen on the way
-        page.fill("#prompt textarea", "To be, or not")
-        page.press("#prompt textarea", "Control+Enter")
+        playwright.expect(page.get_by_label("Checkpoint")).not_to_have_value("")  # it is loaded
+        length.fill("1000")  # long enough to be seen on the way
+        prompt.fill("To be, or not")
+        prompt.press("Control+Enter")
         wait("tokens")
         seen = set()
-        while "done" not in page.inner_text("#left-speed"):
-            seen.add(page.inner_text("#left-text"))
+        while "done" not in lines.inner_text():
+            seen.add(texts.inner_text())
         assert len(seen) > 3 and all(text.startswith("To be, or not") for text in seen)
-        page.wait_for_selector("#stop", state="hidden")
+        stop.wait_for(state="hidden")
 
-        page.click("#beside input")
-        page.locator("#beside [role=option]").nth(1).click()  # the first is "none"
-        page.wait_for_selector("#right-text", state="attached")
-        fill_length(2000)
-        page.click("#again")  # with another seed
-        wait("tokens", side="right")
-        page.click("#stop")
-        for side in ("left", "right"):
+        page.get_by_label("Beside it").click()
+        page.get_by_role("option").nth(1).click()  # the first is "none"
+        length.fill("2000")
+        page.get_by_role("button", name="New seed").click()
+        wait("tokens", side=1)
+        stop.click()
+        for side in (0, 1):
             wait("stopped at", side)
-        assert page.input_value("#seed input") != "1337"
-        stopped = page.inner_text("#left-text")
+        assert page.get_by_label("number input for Seed").input_value() != "1337"
+        stopped = texts.first.inner_text()
         page.wait_for_timeout(500)
-        assert page.inner_text("#left-text") == stopped and not page.is_visible("#stop")
+        assert texts.first.inner_text() == stopped and not stop.is_visible()
 
-        fill_length(20)
-        page.click("#on")
-        wait("20 tokens")
-        wait("done")
-        longer = f"document.querySelector('#left-text').innerText.length > {len(stopped)}"
-        page.wait_for_function(longer)
-        assert page.inner_text("#left-text").startswith(stopped.rstrip())
+        length.fill("20")
+        page.get_by_role("button", name="Continue").click()
+        wait("done: 20 tokens")
+        longer = texts.first.inner_text()
+        assert longer.startswith(stopped.rstrip()) and len(longer) > len(stopped)
+
+        prompt.fill("to " * 9000)
+        prompt.press("Control+Enter")
+        page.get_by_text("do not fit").wait_for()
+        playwright.expect(lines).to_have_count(0)  # no figures of the run before
+        assert not stop.is_visible()
         own = (demo_url, "data:", "blob:")
         assert all(url.startswith(own) for url in asked), asked

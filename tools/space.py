@@ -24,12 +24,9 @@ app_file: app.py
 ---
 """
 APP = """\
-import os
-
-os.environ.setdefault("CHECKPOINT", {names!r})
 from tools.demo import main
 
-main([])
+main({argv!r})
 """
 PRIVATE = shutil.ignore_patterns("run.json", ".lock", "samples", "superseded", "tensorboard")
 
@@ -55,7 +52,7 @@ def write_space(folder, names):
     needed = [f"{name}=={versions[name]}" for name in ("torch", "transformers", "numpy")]
     (folder / "requirements.txt").write_text("\n".join(needed) + "\n")
     (folder / "README.md").write_text(FRONT_MATTER.format_map(versions))
-    (folder / "app.py").write_text(APP.format(names=shlex.join(names)))
+    (folder / "app.py").write_text(APP.format(argv=["--checkpoint", *names]))
     print(f"{folder} is written: create a Gradio Space, and push this folder to it, as in\n"
           f"hf upload --repo-type space USER/NAME {shlex.quote(str(folder))}")
 
