@@ -194,7 +194,7 @@ def main(argv=None):
     add = parser.add_argument
     add("--checkpoint", nargs="+", type=prepare.typed_path, default=[], metavar="NAME",
         help="as for sample.py; several become a choice [all that are here]")
-    add("--port", type=sample.number(int, 1, 65535), help="[the first free one from 7860 on]")
+    add("--port", type=prepare.number(int, 1, 65535), help="[the first free one from 7860 on]")
     add("--host", help="0.0.0.0 lets others in [the variable GRADIO_SERVER_NAME, else 127.0.0.1]")
     args = parser.parse_args(argv)
     for name in args.checkpoint:
