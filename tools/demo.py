@@ -111,7 +111,7 @@ def show(asked, running, left, right, prompt, stop_texts, *numbers):
     import gradio as gr
     prompt = prompt or "\n"
     names = [left, right] if right else [left]
-    sides, shown = [], 0.0
+    sides, shown = [("", "0 tokens")] * len(names), 0.0  # loading and compiling take a while
     mine = running["now"] = object()
 
     def page(is_running):
