@@ -136,7 +136,7 @@ def show(asked, running, left, right, prompt, stop_texts, *numbers):
     except ValueError as e:
         sides = []
         yield page(False)
-        raise gr.Error(html.escape(str(e)), print_exception=False) from None
+        raise gr.Error(html.escape(str(e), quote=False), print_exception=False) from None
 
 
 def page(asked):
@@ -177,6 +177,7 @@ def page(asked):
         running, written = gr.State({}), gr.State("")
         private = {"api_visibility": "private", "show_progress": "hidden"}
         write_it = {"fn": partial(show, asked), "concurrency_limit": 8, **private,
+                    "preprocess": False,  # the values are checked here, so that an error clears
                     "inputs": [running, left, right, prompt, stops, *numbers],
                     "outputs": [texts, written, stop]}
         go.click(**write_it)
