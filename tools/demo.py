@@ -207,9 +207,12 @@ def main(argv=None):
         raise ValueError("there is no checkpoint here: name one with --checkpoint, or make one "
                          "with python train.py config/smollm2.py")
     blocks = page(args.checkpoint)
-    _, url, _ = blocks.launch(server_name=args.host, server_port=args.port, share=False,
-                              css=CSS, head=CTRL_ENTER, footer_links=["api"],
-                              ssr_mode=False, show_error=True, quiet=True, prevent_thread_lock=True)
+    look = {"css": CSS, "head": CTRL_ENTER, "footer_links": ["api"], "show_error": True}
+    try:
+        _, url, _ = blocks.launch(server_name=args.host, server_port=args.port, share=False,
+                                  ssr_mode=False, quiet=True, prevent_thread_lock=True, **look)
+    except OSError:  # gradio tells to call a function otherwise
+        raise ValueError("the port is taken: name another --port") from None
     print(f"open {url} (Ctrl-C ends it)", flush=True)
     blocks.block_thread()
 
