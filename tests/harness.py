@@ -357,14 +357,15 @@ def write_data(folder, train_ids, vocab_size=49152):
     folder.mkdir(parents=True)
     for side, ids in (("train", train_ids), ("val", range(100))):
         np.asarray(list(ids), dtype="<u2").tofile(folder / f"{side}.bin")
-    meta = {"source": "test", "vocab_size": vocab_size, "val_bytes": 100, "stand_in": None}
-    (folder / "meta.json").write_text(seal({**meta, **prepare.describe(folder)}))
+    prepare.write_meta(folder, {"source": "test", "vocab_size": vocab_size, "val_bytes": 100,
+                                "stand_in": None})
     return folder
 
 
 def seal(meta):
     """The text of a meta.json with the digest that fits, as someone who means it would write it."""
-    return json.dumps({**meta, "sha256": prepare.meta_digest(meta)})
+    rest = {key: value for key, value in meta.items() if key != "sha256"}
+    return json.dumps({**rest, "sha256": prepare.meta_digest(rest)})
 
 
 def flip(path, offset):
