@@ -302,27 +302,6 @@ def evaluate(run):
     return sum_of_all(total, machine.device) / n
 
 
-def write_sample(run):
-    """Continues the first held-out tokens; writes the text to out_dir/samples and returns it."""
-    out, machine = Path(run.config.out_dir), run.machine
-    try:
-        tokenizer, _ = prepare.open_tokenizer(out / "tokenizer")
-    except ValueError as e:  # no reason to lose a run
-        return f"none: {e}"
-    # A generator of its own: training draws from the others.
-    generator = torch.Generator(machine.device).manual_seed(run.config.seed + run.step)
-    prompt = on_device(run.data.val[:16], machine.device)[None]  # (1, T)
-    length = min(100, run.config.max_position_embeddings - prompt.size(1))
-    with machine.autocast:
-        new = generate(run.model, prompt, length, temperature=0.8, top_k=50, generator=generator)
-        ids = prompt[0].tolist() + [token.item() for token in new]
-    text = tokenizer.decode(ids, skip_special_tokens=False)
-    path = out / "samples" / f"step_{run.step:06d}.txt"
-    path.parent.mkdir(exist_ok=True)
-    path.write_text(text, encoding="utf-8")
-    return text
-
-
 # ----------------------------------------------------------------------------------------- the loop
 
 
@@ -431,6 +410,27 @@ def show(text, file=None):
     """Prints above the progress bar; of several processes only the first one does."""
     if RANK == 0:
         tqdm.write(text, file=file)
+
+
+def write_sample(run):
+    """Continues the first held-out tokens; writes the text to out_dir/samples and returns it."""
+    out, machine = Path(run.config.out_dir), run.machine
+    try:
+        tokenizer, _ = prepare.open_tokenizer(out / "tokenizer")
+    except ValueError as e:  # no reason to lose a run
+        return f"none: {e}"
+    # A generator of its own: training draws from the others.
+    generator = torch.Generator(machine.device).manual_seed(run.config.seed + run.step)
+    prompt = on_device(run.data.val[:16], machine.device)[None]  # (1, T)
+    length = min(100, run.config.max_position_embeddings - prompt.size(1))
+    with machine.autocast:
+        new = generate(run.model, prompt, length, temperature=0.8, top_k=50, generator=generator)
+        ids = prompt[0].tolist() + [token.item() for token in new]
+    text = tokenizer.decode(ids, skip_special_tokens=False)
+    path = out / "samples" / f"step_{run.step:06d}.txt"
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(text, encoding="utf-8")
+    return text
 
 
 class Log:
