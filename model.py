@@ -91,7 +91,12 @@ class RMSNorm(nn.Module):
 def rotary_table(T, config, device):
     """cos and sin (T, D), fp32, of T positions. Su et al. 2021 (arXiv:2104.09864).
 
-    The second half repeats the first; sin is negated in the first, as apply_rotary wants it."""
+    The second half repeats the first; sin is negated in the first, as apply_rotary wants it.
+    Raises ValueError for more positions than the model has."""
+    limit = config.max_position_embeddings
+    if T > limit:
+        raise ValueError(f"{T} tokens do not fit into the model's {limit} positions "
+                         "(max_position_embeddings): shorten the prompt, or ask for fewer new ones")
     exponent = torch.arange(0, config.head_dim, 2, device=device).float() / config.head_dim
     positions = torch.arange(T, device=device).float()
     angles = positions[:, None] * (1.0 / config.rope_theta**exponent)  # (T, D / 2)
@@ -181,20 +186,20 @@ class Attention(nn.Module):
         self.v_proj = Linear(config.hidden_size, kv_size)
         self.o_proj = Linear(query_size, config.hidden_size)
 
-    def forward(self, x, cos, sin, cache=None, positions=None):
-        """x: (B, T, hidden_size). cache: keys and values, which those at `positions` (T,) join."""
+    def forward(self, x, rotary, cache=None):
+        """x: (B, T, hidden_size). cache: keys, values, the positions (T,) at which x joins them."""
         B, T, _ = x.shape
         qkv = linears(x, self.q_proj, self.k_proj, self.v_proj)
         q, k, v = [t.view(B, T, -1, self.head_dim).transpose(1, 2) for t in qkv]  # (B, H, T, D)
-        q, k = apply_rotary(q, cos, sin), apply_rotary(k, cos, sin)
-        if cache is not None:
-            keys, values = cache
+        q, k = apply_rotary(q, *rotary), apply_rotary(k, *rotary)
+        if cache:
+            keys, values, positions = cache
             page, i = positions // PAGE, positions % PAGE
             # Index tensors around slices put their own dimension first: (T, B * H_kv, D)
             keys[page, :, :, i] = k.flatten(0, 1).transpose(0, 1).to(keys.dtype)
             values[page, :, i] = v.flatten(0, 1).transpose(0, 1).to(values.dtype)
-        if cache is not None and T == 1:
-            y = cached_attention(q, keys, values, positions).to(x.dtype)
+        if cache and T == 1:
+            y = cached_attention(q, *cache).to(x.dtype)
         else:
             y = attention(q, k, v)
         return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
@@ -222,8 +227,8 @@ class DecoderLayer(nn.Module):
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, x, cos, sin, cache=None, positions=None):
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin, cache, positions)
+    def forward(self, x, rotary, cache=None):
+        x = x + self.self_attn(self.input_layernorm(x), rotary, cache)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -296,13 +301,9 @@ class SmolLM2(nn.Module):
     def forward(self, idx, targets=None):
         """(logits (B, T, V), None); with targets (None, their mean cross-entropy in nats a token).
 
-        idx: (B, T) token ids; targets: (B, T) the ids that follow, -100 where none counts.
-        Raises ValueError for more positions than the model has."""
-        T, limit = idx.size(1), self.config.max_position_embeddings
-        if T > limit:
-            raise ValueError(f"{T} positions, but the model has {limit} (max_position_embeddings)")
-        cos, sin = rotary_table(T, self.config, idx.device)
-        x = self.run_layers(self.embed(idx), cos, sin)
+        idx: (B, T) token ids; targets: (B, T) the ids that follow, -100 where none counts."""
+        rotary = rotary_table(idx.size(1), self.config, idx.device)
+        x = self.run_layers(self.embed(idx), rotary)
         if targets is None:
             return self.lm_head(x), None
         loss = LinearCrossEntropy.apply(x.flatten(0, 1), self.lm_head.weight, targets.flatten(),
@@ -316,9 +317,9 @@ class SmolLM2(nn.Module):
             x = x.to(torch.get_autocast_dtype(x.device.type))
         return x
 
-    def run_layers(self, x, cos, sin):
+    def run_layers(self, x, rotary):
         for layer in self.model.layers:
-            x = layer(x, cos, sin)
+            x = layer(x, rotary)
         return self.model.norm(x)
 
     def next_logits(self, x):
@@ -358,30 +359,26 @@ PROMPT_KERNELS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SD
 
 
 class Decoder:
-    """The model with a key/value cache: reads a prompt, then one token of each text a step.
+    """The model with a key/value cache: reads a prompt, then one token of each text at a time.
 
     A layer's cache is stored in pages of positions: only those in use are read, in parallel:
     keys (pages, B * H_kv, D, PAGE) and values (pages, B * H_kv, PAGE, D)."""
 
-    def __init__(self, model, B, size, compile, graph):
-        """size: prompt and text, in tokens. compile, graph: two ways to make the steps faster."""
-        self.model, self.compile, self.graph, self.is_warm = model, compile, graph, False
-        config, weight = model.config, model.lm_head.weight
-        self.cos, self.sin = rotary_table(size, config, weight.device)
-        self.pages = max(2, math.ceil(size / PAGE))  # (compiled, a size of 1 would be a constant)
-        heads, D = B * config.num_key_value_heads, config.head_dim
-        self.caches = [(weight.new_zeros(self.pages, heads, D, PAGE),
-                        weight.new_zeros(self.pages, heads, PAGE, D)) for _ in model.model.layers]
-        self.layer, self.next_logits = DecoderLayer.forward, SmolLM2.next_logits
-        if compile:
-            self.layer = torch.compile(self.layer, options=DECODE_OPTIONS)
-            self.next_logits = torch.compile(self.next_logits, options=DECODE_OPTIONS)
+    def __init__(self, model, B, size, compile):
+        """size: prompt and text, in tokens. compile: what reads a token after the prompt."""
+        self.model, self.compile, self.is_warm = model, compile, False
+        self.functions = DecoderLayer.forward, SmolLM2.next_logits
+        self.length = 0  # tokens read
+        weight, D = model.lm_head.weight, model.config.head_dim
+        self.cos, self.sin = rotary_table(size, model.config, weight.device)
+        shape = max(2, math.ceil(size / PAGE)), B * model.config.num_key_value_heads
+        self.caches = [(weight.new_zeros(*shape, D, PAGE), weight.new_zeros(*shape, PAGE, D))
+                       for _ in model.model.layers]
+        self.open(size)
 
     def open(self, size):
         """Lets attention read the caches' first `size` positions, in whole pages."""
-        pages = max(2, math.ceil(size / PAGE))
-        if self.graph:
-            pages = self.pages  # a CUDA graph always reads what it read at its capture
+        pages = max(2, math.ceil(size / PAGE))  # (compiled, a size of 1 would be a constant)
         self.open_caches = [(keys[:pages], values[:pages]) for keys, values in self.caches]
         if self.compile:
             for keys, values in self.open_caches:  # compiled once, for any number of pages
@@ -389,38 +386,37 @@ class Decoder:
                 torch._dynamo.mark_dynamic(values, 0)
 
     def forward(self, idx, positions):
-        """Logits (B, V) after the tokens idx (B, T) at positions (T,), which join the cache."""
-        layer, next_logits, x = self.layer, self.next_logits, self.model.embed(idx)
-        if idx.size(1) > 1:  # a prompt is not compiled: its length is new each time
-            layer, next_logits = DecoderLayer.forward, SmolLM2.next_logits
-        elif self.compile and idx.numel() == 1:
+        """The logits (B, V) after the tokens idx (B, T) at positions (T,), which join the cache."""
+        layer, next_logits = self.functions
+        x = self.model.embed(idx)
+        if self.compile and idx.numel() == 1:
             x = x.float()  # a single row costs nothing
-        cos, sin = self.cos[positions], self.sin[positions]  # (T, D)
+        rotary = self.cos[positions], self.sin[positions]  # (T, D)
         for module, cache in zip(self.model.model.layers, self.open_caches):
-            x = layer(module, x, cos, sin, cache, positions)
+            x = layer(module, x, rotary, (*cache, positions))
         return next_logits(self.model, x)
 
-    def read_prompt(self, idx):
-        """The logits (B, V) after the prompt idx (B, T)."""
-        self.open(idx.size(1) + 1)
-        with sdpa_kernel(PROMPT_KERNELS):  # without cuDNN, which plans up to 1 s for each length
-            return self.forward(idx, torch.arange(idx.size(1), device=idx.device))
-
-    def step(self, ids, n):
-        """The logits (B, V) after the ids (B,) at position n."""
-        idx, position = ids[:, None], ids.new_tensor([n])
-        if n % PAGE == 0:
-            self.open(n + 1)
-        if self.compile and self.is_warm:
-            # The first step has shown that what was compiled fits: it is not checked at each token.
-            with torch.compiler.set_stance(skip_guard_eval_unsafe=True):
-                return self.forward(idx, position)
-        if self.graph and not self.is_warm:  # the 1,850 launches of a step outlast their work
+    def read(self, idx):
+        """The logits (B, V) after the tokens idx (B, T), which follow those read before."""
+        n, self.length = self.length, self.length + idx.size(1)
+        positions = torch.arange(n, self.length, device=idx.device)
+        if n % PAGE == 0 and not idx.is_cuda:  # (a CUDA graph reads what it read at its capture)
+            self.open(self.length)
+        if idx.size(1) > 1:  # a prompt is not compiled: its length is new each time
+            with sdpa_kernel(PROMPT_KERNELS):  # without cuDNN, which plans up to 1 s for each T
+                return self.forward(idx, positions)
+        is_first, self.is_warm = not self.is_warm, True
+        if is_first and self.compile:
+            self.functions = [torch.compile(f, options=DECODE_OPTIONS) for f in self.functions]
+        if is_first and idx.is_cuda:  # the 1,850 launches of a step outlast their work
             with torch.autocast("cuda", enabled=False):  # on in a training's samples: not captured
-                example = (idx.clone(), position.clone())
-                self.forward = torch.cuda.make_graphed_callables(self.forward, example)
-        self.is_warm = True
-        return self.forward(idx, position)
+                step = idx.clone(), positions
+                self.forward = torch.cuda.make_graphed_callables(self.forward, step)
+        if is_first or not self.compile:
+            return self.forward(idx, positions)
+        # The first step has shown that what was compiled fits: it is not checked at each token.
+        with torch.compiler.set_stance(skip_guard_eval_unsafe=True):
+            return self.forward(idx, positions)
 
 
 def sample_token(logits, temperature=1.0, top_k=0, top_p=1.0, generator=None):
@@ -453,16 +449,9 @@ def generate(model, idx, max_new_tokens, compile=False, **sampling):
 
     compile: see worth_compiling. sampling: see sample_token. Raises ValueError where prompt and
     new tokens exceed the model's positions: nothing slides."""
-    B, T = idx.shape
-    size, limit = T + max_new_tokens, model.config.max_position_embeddings
-    if size > limit:
-        raise ValueError(f"a prompt of {T} tokens and {max_new_tokens} new ones do not fit into the"
-                         f" model's {limit} positions: ask for fewer, or shorten the prompt")
-    graph = idx.is_cuda and (compile or max_new_tokens >= 50)  # fewer do not win back the capture
-    decoder = Decoder(model, B, size, compile, graph)
-    logits = decoder.read_prompt(idx)
-    for n in range(T, size):  # the position of the new token
-        new = sample_token(logits, **sampling)
+    decoder = Decoder(model, len(idx), idx.size(1) + max_new_tokens, compile)
+    for _ in range(max_new_tokens):
+        new = sample_token(decoder.read(idx), **sampling)
         yield new
         if n + 1 < size:
             logits = decoder.step(new, n)

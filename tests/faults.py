@@ -106,7 +106,7 @@ test_model::test_the_fused_loss_equals_cross_entropy_in_value_and_gradients
 test_model::test_tokens_come_with_the_probabilities_of_the_softmax
   model: top_p drops the token that crosses the line | before >= top_p | before + probs > top_p
 test_model::test_more_positions_than_the_model_has_are_a_clear_error
-  model: one position too many | if size > limit: | if size > limit + 1:
+  model: one position too many | if T > limit: | if T > limit + 1:
 test_model::test_bf16_is_picked_where_the_machine_has_it_and_each_process_has_its_own_gpu
   model: an old GPU gets bf16 | if major >= 8: | if major >= 7:
 test_prepare::test_every_file_reaches_the_disk_before_the_folder_takes_its_name

@@ -295,7 +295,7 @@ def test_more_positions_than_the_model_has_are_a_clear_error():
     m, prompt = small(max_position_embeddings=32), some_ids(1, 20)
     with pytest.raises(ValueError, match="33 .* 32"):
         m(some_ids(1, 33))
-    with pytest.raises(ValueError, match="20 .* 13 .* 32"):
+    with pytest.raises(ValueError, match="33 .* 32"):
         next(generate(m, prompt, 13))
     assert len(list(generate(m, prompt, 12))) == 12
     assert list(generate(m, prompt, 0)) == []
