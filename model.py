@@ -108,30 +108,20 @@ def apply_rotary(x, cos, sin):
     return (x * cos + x.roll(x.size(-1) // 2, -1) * sin).to(x.dtype)
 
 
-def has_gqa_kernel(device_type, capability, dtype):
-    """True where fused attention reads a key head for several query heads without copies of it.
-
-    On CUDA only flash attention does, in half precision from compute capability 8.0 on: all else
-    would fall to a kernel that stores T x T scores. On MPS enable_gqa aborts the process."""
-    if device_type == "cuda":
-        return capability >= (8, 0) and dtype in (torch.float16, torch.bfloat16)
-    return device_type != "mps"
-
-
 def attention(q, k, v):
     """Causal attention (B, H, T, D) of q (B, H, T, D) over k and v (B, H_kv, T, D).
 
     The next two functions compute the same where that is faster: a change belongs into all three.
     """
-    device = q.device
-    if device.type == "cpu" and torch.compiler.is_compiling():
+    device = q.device.type
+    if device == "cpu" and torch.compiler.is_compiling():
         return cpu_attention(q, k, v)
-    capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
-    if not has_gqa_kernel(device.type, capability, q.dtype):
-        queries_per_key = q.size(1) // k.size(1)
-        k = k.repeat_interleave(queries_per_key, dim=1)
-        v = v.repeat_interleave(queries_per_key, dim=1)
-    shared = k.size(1) != q.size(1)
+    # Several query heads share a key head, without copies of it, on a CPU and in flash attention,
+    # which GPUs that get bf16 have (pick_device). Elsewhere on CUDA enable_gqa would fall to a
+    # kernel that stores T x T scores; on MPS it aborts the process.
+    shared = device == "cpu" or (device == "cuda" and q.dtype == torch.bfloat16)
+    if not shared:
+        k, v = [t.repeat_interleave(q.size(1) // k.size(1), dim=1) for t in (k, v)]
     return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=shared)
 
 
@@ -140,39 +130,34 @@ def cpu_attention(q, k, v):
 
     Blocks of C queries skip the keys after them, and the probabilities are made again in the
     backward pass, so that memory does not grow with T * T."""
-    B, H, T, D = q.shape
+    T, D = q.shape[2:]
     C = max(256, math.ceil(T / 4))
 
     def attend(q, k, v, start):
-        scores = q.flatten(2, 3) @ k.transpose(-2, -1)
-        scores = scores.view(*q.shape[:4], -1)  # (B, H_kv, H / H_kv, C, keys)
+        scores = torch.einsum("bhgqd,bhkd->bhgqk", q, k)
         future = torch.full(scores.shape[-2:], -math.inf).triu(start + 1)
         probs = (scores.float() * D**-0.5 + future).softmax(-1).to(v.dtype)
-        return (probs.flatten(2, 3) @ v).view(q.shape)
+        return torch.einsum("bhgqk,bhkd->bhgqd", probs, v)
 
-    q = q.reshape(B, k.size(1), -1, T, D)  # the query heads that share a key head form one matrix
-    outputs = []
+    q, outputs = q.unflatten(1, (k.size(1), -1)), []  # (B, H_kv, G, T, D): G heads share a key head
     for i in range(0, T, C):
-        keys, values = k[:, :, :i + C], v[:, :, :i + C]
-        queries = q[:, :, :, i:i + C]
-        outputs.append(checkpoint(attend, queries, keys, values, i, use_reentrant=False))
-    return torch.cat(outputs, dim=3).view(B, H, T, D)
+        block = q[:, :, :, i:i + C], k[:, :, :i + C], v[:, :, :i + C]
+        outputs.append(checkpoint(attend, *block, i, use_reentrant=False))
+    return torch.cat(outputs, dim=3).flatten(1, 2)
 
 
 def cached_attention(q, keys, values, position):
     """Attention of one token, q (B, H, 1, D), over a layer's cache up to `position`, a tensor (1,).
 
     Compiled, each core takes pages of the cache (see Decoder), and no key is read twice."""
-    B, H, _, D = q.shape
-    q = q.view(keys.size(1), -1, D).float()  # (B * H_kv, G, D), G query heads to a key head
-    k, v, group = keys.float(), values.float(), range(q.size(1))
-    scores = torch.stack([(q[:, g, :, None] * k).sum(2) for g in group], dim=2) * D**-0.5
+    x = q.view(keys.size(1), -1, q.size(-1)).float()  # (B * H_kv, G, D): G heads share a key head
+    k, v, group = keys.float(), values.float(), range(x.size(1))
+    scores = torch.stack([(x[:, g, :, None] * k).sum(2) for g in group], dim=2) * k.size(2)**-0.5
     positions = torch.arange(k.size(0) * PAGE, device=q.device).view(-1, 1, 1, PAGE)
     scores = torch.where(positions <= position, scores, -1e30)  # (pages, B * H_kv, G, PAGE)
     p = torch.exp(scores - scores.amax((0, 3), keepdim=True))
     y = torch.stack([(p[:, :, g, :, None] * v).sum(2) for g in group], dim=2)
-    y = (y * (1.0 / p.sum((0, 3)))[..., None]).sum(0)  # (B * H_kv, G, D)
-    return y.view(B, H, 1, D)
+    return (y * (1.0 / p.sum((0, 3)))[..., None]).sum(0).view(q.shape)
 
 
 class Attention(nn.Module):

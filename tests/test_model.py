@@ -189,16 +189,19 @@ def test_the_attention_of_the_compiled_cpu_path_is_attention(T):
     torch.testing.assert_close(*grads, rtol=1e-5, atol=1e-4)
 
 
-def test_keys_are_repeated_where_no_kernel_shares_them(monkeypatch):
-    assert not M.has_gqa_kernel("mps", None, torch.float32)
-    assert not M.has_gqa_kernel("cuda", (8, 0), torch.float32)
-    assert M.has_gqa_kernel("cuda", (8, 0), torch.bfloat16)
-    q, k, v = (torch.randn(2, heads, 9, 8) for heads in (6, 2, 2))
-    expected, fused = M.attention(q, k, v), F.scaled_dot_product_attention
-    monkeypatch.setattr(M, "has_gqa_kernel", lambda *_: False)
-    monkeypatch.setattr(F, "scaled_dot_product_attention",
-                        lambda *qkv, enable_gqa, is_causal: fused(*qkv, is_causal=is_causal))
-    assert torch.allclose(M.attention(q, k, v), expected, atol=1e-6)
+@pytest.mark.parametrize("device, dtype, shared", [
+    ("mps", torch.float32, False), ("cuda", torch.float32, False), ("cuda", torch.float16, False),
+    ("cuda", torch.bfloat16, True), ("cpu", torch.float32, True)])
+def test_keys_are_repeated_where_no_kernel_shares_them(device, dtype, shared, monkeypatch):
+    """The tensors are the CPU's, and say that they are elsewhere."""
+    elsewhere = type("Elsewhere", (torch.Tensor,), {"device": torch.device(device)})
+    qkv = [torch.randn(2, heads, 9, 8).to(dtype) for heads in (6, 2, 2)]
+    expected, fused = M.attention(*qkv), Mock(wraps=F.scaled_dot_product_attention)
+    monkeypatch.setattr(F, "scaled_dot_product_attention", fused)
+    found = M.attention(*(t.as_subclass(elsewhere) for t in qkv))
+    assert torch.allclose(found, expected, atol=1e-6 if dtype == torch.float32 else 0.02)
+    assert fused.call_args.kwargs["enable_gqa"] == shared
+    assert fused.call_args.args[1].size(1) == (2 if shared else 6)
 
 
 @pytest.fixture(params=["cpu", "cuda"])
