@@ -164,12 +164,11 @@ class Attention(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.head_dim = config.head_dim
-        query_size = config.num_attention_heads * config.head_dim
         kv_size = config.num_key_value_heads * config.head_dim
-        self.q_proj = Linear(config.hidden_size, query_size)
+        self.q_proj = Linear(config.hidden_size, config.hidden_size)
         self.k_proj = Linear(config.hidden_size, kv_size)
         self.v_proj = Linear(config.hidden_size, kv_size)
-        self.o_proj = Linear(query_size, config.hidden_size)
+        self.o_proj = Linear(config.hidden_size, config.hidden_size)
 
     def forward(self, x, rotary, cache=None):
         """x: (B, T, hidden_size). cache: keys, values, the positions (T,) at which x joins them."""
@@ -236,19 +235,18 @@ class LinearCrossEntropy(torch.autograd.Function):
     x: (N, C); weight: (V, C); targets: (N,), -100 where ignored."""
 
     @staticmethod
-    def forward(ctx, x, weight, targets, kernel, needs_grad):
-        rows = 512 if x.device.type == "cpu" else 8192  # tokens whose logits exist at a time
+    def forward(ctx, x, weight, targets, kernel):
+        rows = 512 if x.is_cpu else 8192  # tokens whose logits exist at a time
         w = weight.to(x.dtype)
         loss = torch.zeros((), device=x.device)
-        dx = torch.empty_like(x)
-        dw = torch.empty_like(weight, dtype=torch.float32) if needs_grad else None
+        dx, dw = torch.empty_like(x), None
         for i in range(0, len(x), rows):
             logits = x[i:i + rows] @ w.t()  # (rows, V)
             loss += kernel(logits, targets[i:i + rows]).sum()  # logits now hold their gradients
-            if needs_grad:
+            if ctx.needs_input_grad[0]:
                 dx[i:i + rows] = logits @ w
                 dw_of_rows = logits.t() @ x[i:i + rows]  # (V, C)
-                dw = dw.copy_(dw_of_rows) if i == 0 else dw.add_(dw_of_rows)
+                dw = dw_of_rows.float() if dw is None else dw.add_(dw_of_rows)
         count = (targets >= 0).sum()
         ctx.save_for_backward(dx, dw, count)
         return loss / count
@@ -257,16 +255,7 @@ class LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx, grad):
         dx, dw, count = ctx.saved_tensors
         scale = grad / count
-        return dx * scale, dw.mul_(scale), None, None, None
-
-
-class SmolLM2Model(nn.Module):
-    def __init__(self, config):
-        super().__init__()
-        weight = torch.empty(config.vocab_size, config.hidden_size)
-        self.embed_tokens = nn.Embedding.from_pretrained(weight, freeze=False)
-        self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.num_hidden_layers))
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        return dx * scale, dw.mul_(scale), None, None
 
 
 class SmolLM2(nn.Module):
@@ -275,9 +264,11 @@ class SmolLM2(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
-        self.model = SmolLM2Model(config)
-        self.lm_head = Linear(config.hidden_size, config.vocab_size)
-        self.lm_head.weight = self.model.embed_tokens.weight  # tied: one matrix reads and predicts
+        self.model = nn.ModuleDict({
+            "embed_tokens": Linear(config.hidden_size, config.vocab_size),
+            "layers": nn.ModuleList(DecoderLayer(config) for _ in range(config.num_hidden_layers)),
+            "norm": RMSNorm(config.hidden_size, config.rms_norm_eps)})
+        self.lm_head = self.model.embed_tokens  # tied: one matrix reads and predicts
         self.loss_kernel = cross_entropy_and_gradient
         for p in self.parameters():
             if p.dim() == 2 and not p.is_meta:  # (on meta it would take a second for nothing)
@@ -291,13 +282,12 @@ class SmolLM2(nn.Module):
         x = self.run_layers(self.embed(idx), rotary)
         if targets is None:
             return self.lm_head(x), None
-        loss = LinearCrossEntropy.apply(x.flatten(0, 1), self.lm_head.weight, targets.flatten(),
-                                        self.loss_kernel, torch.is_grad_enabled())
-        return None, loss
+        x, weight = x.flatten(0, 1), self.lm_head.weight
+        return None, LinearCrossEntropy.apply(x, weight, targets.flatten(), self.loss_kernel)
 
     def embed(self, idx):
         """The residual stream's start, (B, T, hidden_size); under autocast in half the bytes."""
-        x = self.model.embed_tokens(idx)
+        x = F.embedding(idx, self.model.embed_tokens.weight)
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
         return x
@@ -318,12 +308,12 @@ class SmolLM2(nn.Module):
         its kernels' launches and gets CUDA graphs; a second pass is impossible with them, since it
         would write the memory that the gradients are in. The embedding and the head stay outside: a
         compiled embedding adds its gradients in no fixed order."""
-        device = self.lm_head.weight.device.type
-        if device == "cpu":
+        weight = self.lm_head.weight
+        if weight.is_cpu:
             for layer in self.model.layers:  # one is compiled and serves all: seconds, not minutes
                 layer.compile()
         else:
-            graphs = device == "cuda" and tokens is not None and tokens <= 8192
+            graphs = weight.is_cuda and tokens is not None and tokens <= 8192
             mode = "reduce-overhead" if graphs else None
             self.run_layers = torch.compile(self.run_layers, mode=mode)
         self.loss_kernel = torch.compile(cross_entropy_and_gradient)
@@ -331,10 +321,8 @@ class SmolLM2(nn.Module):
     def flops_per_token(self, T):
         """Training FLOPs a token at length T: 6 N + 6 L H D T, as in PaLM (arXiv:2204.02311), but
         for the half of the attention that a causal mask leaves out."""
-        config = self.config
         N = sum(p.numel() for p in self.parameters())
-        width = config.num_attention_heads * config.head_dim
-        return 6 * N + 6 * config.num_hidden_layers * width * T
+        return 6 * N + 6 * self.config.num_hidden_layers * self.config.hidden_size * T
 
 
 # A token takes 8 ms on a CPU, so small things count: sizes that cannot change are not checked, and
@@ -470,7 +458,6 @@ def model_of(config, weights):
     with torch.device("meta"):
         model = SmolLM2(config)
     model.load_state_dict(dict(weights), assign=True)  # (a copy: torch leaves a note in the dict)
-    model.lm_head.weight = model.model.embed_tokens.weight  # the assignment made two of them
     return model
 
 

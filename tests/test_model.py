@@ -148,7 +148,7 @@ def test_the_fused_loss_equals_cross_entropy_in_value_and_gradients(N, ignored):
     targets = torch.randint(301, (N,), generator=generator)
     targets[list(ignored)] = -100
     inputs = x.requires_grad_(), weight.requires_grad_()
-    losses = [LinearCrossEntropy.apply(x, weight, targets, M.cross_entropy_and_gradient, True),
+    losses = [LinearCrossEntropy.apply(x, weight, targets, M.cross_entropy_and_gradient),
               F.cross_entropy(x @ weight.t(), targets, ignore_index=-100)]
     found, wanted = ((loss, *torch.autograd.grad(3 * loss, inputs)) for loss in losses)
     torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-6)
