@@ -12,6 +12,7 @@ import math
 import os
 import re
 import textwrap
+from contextlib import suppress
 from dataclasses import dataclass, field, fields
 from functools import lru_cache
 from pathlib import Path
@@ -426,28 +427,26 @@ def generate(model, idx, max_new_tokens, compile=False, **sampling):
     for _ in range(max_new_tokens):
         new = sample_token(decoder.read(idx), **sampling)
         yield new
-        if n + 1 < size:
-            logits = decoder.step(new, n)
+        idx = new[:, None]
 
 
 def config_from_hf(hf):
     """The SmolLM2Config of a Hugging Face config.json, a dict, with LlamaConfig's defaults.
 
     Raises ValueError, naming what this model does not have."""
-    rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}  # transformers 5 has the first
-    heads, hidden_size = hf.get("num_attention_heads"), hf.get("hidden_size")
+    given = {name: value for name, value in hf.items() if value is not None}
+    rope = given.get("rope_parameters") or given.get("rope_scaling") or {}  # (version 5: the first)
+    heads = given.get("num_attention_heads", 1)
+    found = {"tie_word_embeddings": False, "initializer_range": 0.02, "rms_norm_eps": 1e-6,
+             "max_position_embeddings": 2048, "num_key_value_heads": heads,
+             "rope_theta": 10_000.0, "rope_type": rope.get("type", "default"), **rope, **given}
     required = {"model_type": "llama", "tie_word_embeddings": True, "hidden_act": "silu",
                 "rope_type": "default", "partial_rotary_factor": 1.0, "attention_bias": False,
-                "mlp_bias": False, "head_dim": (hidden_size or 0) // (heads or 1)}
-    found = {**required, "tie_word_embeddings": False, "initializer_range": 0.02,
-             "max_position_embeddings": 2048, "rms_norm_eps": 1e-6, "num_key_value_heads": heads,
-             "rope_theta": rope.get("rope_theta", 10_000.0),
-             "rope_type": rope.get("rope_type", rope.get("type", "default"))}
-    found |= {name: value for name, value in hf.items() if value is not None}
+                "mlp_bias": False, "head_dim": given.get("hidden_size", 0) // heads}
     wrong = [f"{name} = {found[name]!r} (only {value!r})"
-             for name, value in required.items() if found[name] != value]
+             for name, value in required.items() if found.get(name, value) != value]
     sizes = {f.name: f.type for f in fields(SmolLM2Config)}
-    wrong += [f"{name} is missing" for name in sizes if found.get(name) is None]
+    wrong += [f"{name} is missing" for name in sizes if name not in found]
     if wrong:
         raise ValueError("not supported in config.json: " + "; ".join(wrong))
     return SmolLM2Config(**{name: kind(found[name]) for name, kind in sizes.items()})
@@ -472,53 +471,43 @@ def from_pretrained(source):
     folder, state = Path(source), {}
     try:
         if re.fullmatch(HUB_NAME, str(source)) and not folder.is_dir():
-            patterns = ["*.json", "*.safetensors", "*.txt"]
-            folder = Path(snapshot_download(source, allow_patterns=patterns))
+            folder = Path(snapshot_download(source, allow_patterns=["*.json", "*.safetensors"]))
         config = config_from_hf(json.loads((folder / "config.json").read_bytes()))
         for file in sorted(folder.glob("*.safetensors")):
             state.update(load_file(file))
-        if "model.embed_tokens.weight" in state:  # tied, and in most files once
-            state["lm_head.weight"] = state["model.embed_tokens.weight"]
+        state["lm_head.weight"] = state.get("model.embed_tokens.weight")  # in most files once
         return model_of(config, state).float()
     except Exception as e:
         problem = textwrap.shorten(str(e), 200)
         raise ValueError(f"cannot load {source}: {type(e).__name__}: {problem}") from e
 
 
-def native_bf16():
-    """True where this processor multiplies bf16 itself; elsewhere it is slower than fp32."""
-    get_capabilities = getattr(torch.cpu, "get_capabilities", dict)
-    found = get_capabilities() or {"avx512_bf16": torch.cpu._is_avx512_bf16_supported()}
-    return any(found.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16", "arm_bf16"))
-
-
 def pick_device(device="auto", dtype="auto"):
     """(torch.device, torch.dtype, the reason for that dtype). "cuda" is this process's own GPU.
 
     Raises ValueError, in one line, for a device that is not available."""
-    name = device
     if device == "auto":
-        name = "mps" if torch.backends.mps.is_available() else "cpu"
-        if torch.cuda.is_available():
-            name = "cuda"
-    if name == "cuda":
-        name = "cuda:" + os.environ.get("LOCAL_RANK", "0")
+        modules = {"cuda": torch.cuda, "mps": torch.backends.mps, "cpu": torch.cpu}
+        device = next(name for name, module in modules.items() if module.is_available())
+    if device == "cuda":
+        device = "cuda:" + os.environ.get("LOCAL_RANK", "0")
     try:
-        picked = torch.device(name)
-        torch.zeros(1, device=picked)
+        torch.zeros(1, device=device)
     except (RuntimeError, AssertionError) as e:
-        problem = (str(e) or repr(e)).splitlines()[0]
-        raise ValueError(f"device = {device!r} is not available here: {problem}") from None
+        raise ValueError(f"device = {device!r} is not available here: {e}".splitlines()[0])
+    device = torch.device(device)
     if dtype != "auto":
-        return picked, getattr(torch, dtype), "as asked"
-    if picked.type == "cuda":
-        major, minor = torch.cuda.get_device_capability(picked)
+        return device, getattr(torch, dtype), "as asked"
+    if device.type == "cuda":
+        major, minor = torch.cuda.get_device_capability(device)
         if major >= 8:
-            return picked, torch.bfloat16, f"compute capability {major}.{minor}"
-        return picked, torch.float16, f"compute capability {major}.{minor} emulates bf16"
-    if picked.type == "cpu" and native_bf16():
-        return picked, torch.bfloat16, "the processor has it"
-    return picked, torch.float32, "no native bf16"
+            return device, torch.bfloat16, f"compute capability {major}.{minor}"
+        return device, torch.float16, f"compute capability {major}.{minor} emulates bf16"
+    found = torch.cpu.get_capabilities()  # where it has none of these, bf16 is slower than fp32
+    native = found.get("avx512_bf16") or found.get("amx_bf16") or found.get("bf16")
+    if device.type == "cpu" and native:
+        return device, torch.bfloat16, "the processor has it"
+    return device, torch.float32, "no native bf16"
 
 
 @lru_cache
@@ -546,17 +535,15 @@ def worth_compiling(device, max_new_tokens):
 
 def is_out_of_memory(error):
     """Whether it is that, under whatever name: a CPU's is a RuntimeError."""
-    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "allocate" in str(error)
+    return isinstance(error, MemoryError) or "allocate" in str(error)
 
 
 def keep_freed_memory():
     """Lets glibc keep what is freed, or each step gives hundreds of MB back and faults them in."""
-    try:
+    with suppress(AttributeError, OSError, TypeError):  # another C library
         libc = ctypes.CDLL(None)
         libc.mallopt(-4, 0)  # M_MMAP_MAX
         libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD
-    except (AttributeError, OSError, TypeError):  # another C library
-        pass
 
 
 def main():

@@ -375,7 +375,7 @@ def test_what_differs_is_refused_by_name_in_one_line(change, named, tmp_path):
 
 def test_bf16_is_picked_where_the_machine_has_it_and_each_process_has_its_own_gpu(monkeypatch):
     for native, dtype in (True, torch.bfloat16), (False, torch.float32):
-        monkeypatch.setattr(M, "native_bf16", lambda: native)
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": native})
         assert M.pick_device("cpu")[:2] == (torch.device("cpu"), dtype)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
