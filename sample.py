@@ -9,7 +9,6 @@ The text goes to standard output, all else to standard error. The same seed give
 """
 import os
 import re
-import signal
 import sys
 from functools import partial
 from pathlib import Path
@@ -70,16 +69,10 @@ def load(checkpoint):
     except FileNotFoundError as e:
         raise ValueError(f"{e}: python train.py config/smollm2.py makes one") from None
     state["file"] = file
-    model = model_of(TrainConfig(**state["config"]), state["model"])
-    return model, tokenizer_folder(file, state), state
-
-
-def tokenizer_folder(file, state):
-    """The folder of the tokenizer of a checkpoint's run. Raises ValueError if it is gone."""
     places = [file.parent / "tokenizer", Path(state["config"]["data_dir"], "tokenizer")]
     for folder in places:
         if prepare.tokenizer_digest(folder).startswith(state["data"]["tokenizer"]):
-            return folder
+            return model_of(TrainConfig(**state["config"]), state["model"]), folder, state
     raise ValueError(f"the tokenizer that {file} was trained with is neither in {places[0]} nor in "
                      f"{places[1]}: copy it to the first")
 
@@ -111,21 +104,22 @@ class Streamer:
         return text
 
 
-def write(model, tokenizer, eos, prompt, count, max_new_tokens, stops, seed, **sampling):
-    """Yields (number of the text, piece of it) as the tokens of `count` texts after a prompt come.
+def write(model, tokenizer, eos, prompt, num_samples, max_new_tokens, stop, seed, **sampling):
+    """Yields (number of the text, piece of it) as the tokens of the texts after a prompt come.
 
-    sampling: see model.sample_token. Raises ValueError where prompt and new tokens are too many."""
+    stop: a list of texts. sampling: see model.sample_token. Raises ValueError where prompt and new
+    tokens are too many."""
     import torch
 
     from model import generate, worth_compiling
     device = model.lm_head.weight.device
     ids = tokenizer.encode(prompt, add_special_tokens=False).ids or [eos or 0]
-    idx = torch.tensor([ids] * count, device=device)  # (count, T)
+    idx = torch.tensor([ids] * num_samples, device=device)  # (num_samples, T)
     generator = torch.Generator(device).manual_seed(seed)
     compiled = worth_compiling(device, max_new_tokens)
     tokens = generate(model, idx, max_new_tokens, compiled, generator=generator, **sampling)
-    streams = [Streamer(tokenizer, ids, stops) for _ in range(count)]
-    for step in tokens:  # (count,)
+    streams = [Streamer(tokenizer, ids, stop) for _ in range(num_samples)]
+    for step in tokens:  # (num_samples,)
         for i, (stream, token) in enumerate(zip(streams, step.tolist())):
             if not stream.ended:
                 yield i, stream.finish() if token == eos else stream.push(token)
@@ -137,39 +131,31 @@ def write(model, tokenizer, eos, prompt, count, max_new_tokens, stops, seed, **s
 
 @prepare.command("sample.py")
 def main(argv=None):
-    args = parse_args(argv)
-    signal.signal(signal.SIGINT, lambda *_: os._exit(130))  # how one ends a text one has seen
+    options = vars(parse_args(argv))
     from model import is_out_of_memory, keep_freed_memory, pick_device
     from train import hint_of_best
     try:
-        device, dtype, _ = pick_device(args.device, args.dtype)
+        device, dtype, _ = pick_device(options.pop("device"), options.pop("dtype"))
     except ValueError as e:
         fail(f"--{e}", 2)
-    model, folder, state = load(args.checkpoint)
-    tokenizer, eos = prepare.open_tokenizer(folder)
+    model, folder, state = load(options.pop("checkpoint"))
     if state:
         hint = hint_of_best(state["file"].parent, state)
         prepare.log(f"{state['file']}: step {state['step']}{hint}")
-    if device.type == "cpu":
-        keep_freed_memory()
-    model = model.to(device, dtype).eval()
-    pieces = write(model, tokenizer, eos, args.prompt, args.num_samples, args.max_new_tokens,
-                   args.stop, args.seed, temperature=args.temperature, top_k=args.top_k,
-                   top_p=args.top_p)
+    keep_freed_memory()
+    pieces = write(model.to(device, dtype), *prepare.open_tokenizer(folder), **options)
+    texts = [f"--- {i + 1}\n{options['prompt']}" for i in range(options["num_samples"])]
+    if len(texts) == 1:
+        texts = [options["prompt"]]
     sys.stdout = sys.stdout.stream  # the bare one: here, what cannot be written is an error
     sys.stdout.reconfigure(encoding="utf-8", errors="replace")
-    texts, unseen = [args.prompt] * args.num_samples, args.prompt
     try:
         for i, piece in pieces:
             texts[i] += piece
-            if args.num_samples == 1:  # as it comes; several when all are done
-                print(unseen + piece, end="", flush=True)
-                unseen = ""
-        if args.num_samples == 1:
-            print()
-        else:
-            for i, text in enumerate(texts, 1):
-                print(f"--- {i}\n{text}")
+            if i == 0:  # this one is shown as it comes, the others when all are done
+                print(texts[0], end="", flush=True)
+                texts[0] = ""
+        print(*texts, sep="\n")
     except BrokenPipeError:  # the reader, such as `head`, has seen enough
         os._exit(0)
     except (MemoryError, RuntimeError) as e:

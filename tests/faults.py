@@ -120,7 +120,7 @@ test_sample::test_a_stop_text_over_several_tokens_is_never_shown_not_even_its_be
   sample: a stop text is shown | self.waiting[:min(found)] | self.waiting
   sample: the beginning of a stop text is shown | self.held_back) | 0)
 test_sample::test_standard_output_is_the_prompt_and_the_text_and_nothing_else
-  sample: the prompt is cut | print(unseen + piece | print(unseen[1:] + piece
+  sample: the prompt is cut | print(texts[0], end | print(texts[0][1:], end
 test_sample::test_it_ends_at_endoftext
   sample: text goes on after its end | if token == eos else stream | if False else stream
 test_sample::test_standard_output_is_the_prompt_and_the_text_and_nothing_else
