@@ -75,13 +75,8 @@ def linears(x, *layers):
     return F.linear(x, weight).split([len(layer.weight) for layer in layers], dim=-1)
 
 
-class RMSNorm(nn.Module):
+class RMSNorm(nn.RMSNorm):
     """x / rms(x) * weight, reduced in fp32. Zhang & Sennrich 2019 (arXiv:1910.07467)."""
-
-    def __init__(self, hidden_size, eps):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(hidden_size))
-        self.eps = eps
 
     def forward(self, x):
         h = x.float()
@@ -166,7 +161,7 @@ class Attention(nn.Module):
         super().__init__()
         self.head_dim = config.head_dim
         kv_size = config.num_key_value_heads * config.head_dim
-        self.q_proj = Linear(config.hidden_size, config.hidden_size)
+        self.q_proj = Linear(config.hidden_size, config.hidden_size)  # H * D is as much
         self.k_proj = Linear(config.hidden_size, kv_size)
         self.v_proj = Linear(config.hidden_size, kv_size)
         self.o_proj = Linear(config.hidden_size, config.hidden_size)
