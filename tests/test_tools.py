@@ -320,7 +320,7 @@ def test_demo_has_a_message_for_a_bad_value_and_clears_the_old_text(
     with pytest.raises(gradio.Error, match=told):
         shown.extend(demo.show([], {}, name, "", prompt, "", *{**VALUES, **change}.values()))
     body, plain, stop = shown[-1]
-    assert (body, plain) == ('<div class="sides"></div>', "") and not stop.visible
+    assert (body, plain) == ("", "") and not stop.visible
 
 
 def test_a_space_is_a_new_folder_and_tells_nothing_of_this_machine(run_dir):

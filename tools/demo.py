@@ -5,22 +5,21 @@
 
 It listens on this machine only and reports nothing to anyone. Programs call /generate.
 """
-import html
 import os
-import random
 import re
 import threading
 import time
 from contextlib import suppress
 from functools import lru_cache, partial
+from html import escape
 from importlib.util import find_spec
-from itertools import count, zip_longest
+from itertools import islice, zip_longest
 from pathlib import Path
 
 import prepare
 import sample
 from model import HUB_NAME, pick_device
-from tools.plot import read_metrics
+from tools.plot import column, read_metrics
 from train import checkpoints, step_of
 
 os.environ.update(GRADIO_ANALYTICS_ENABLED="False", HF_HUB_DISABLE_TELEMETRY="1")
@@ -45,146 +44,119 @@ def found(asked):
     """The choices, (what is shown, name): those asked for, else the runs out*/, the newest first,
     and exported folders. Of a run all checkpoints, the newest first, with their held-out loss."""
     files = sorted(Path().glob("out*/step_*.pt"), key=os.path.getmtime, reverse=True)
-    exported = sorted(Path().glob("*/config.json"))
+    files += sorted(Path().glob("*/config.json"))
     choices = []
-    for name in asked or dict.fromkeys(str(file.parent) for file in [*files, *exported]):
+    for name in asked or dict.fromkeys(str(file.parent) for file in files):
         notes = {}
         with suppress(ValueError):  # no run, or one without evaluations
-            rows = read_metrics(Path(name, "metrics.jsonl"))
-            losses = {row["step"]: row["val_loss"] for row in rows if row.get("val_loss")}
-            notes = {step: f": held-out loss {loss:.3f}" for step, loss in losses.items()}
-            notes[min(losses, key=losses.get)] += " (best)"
-        files = checkpoints(name)[::-1]
-        for file in files:
-            step = step_of(file)
-            choices.append((f"{file.parent.name}, step {step:,}{notes.get(step, '')}", str(file)))
-        if not files:
-            choices.append((name, name))
+            steps, losses = column(read_metrics(Path(name, "metrics.jsonl")), "val_loss", "step")
+            notes = {step: f": held-out loss {loss:.3f}" for step, loss in zip(steps, losses)}
+            notes[steps[losses.index(min(losses))]] += " (best)"
+        saved = [(step_of(file), file) for file in checkpoints(name)[::-1]]
+        choices += [(f"{file.parent.name}, step {step:,}{notes.get(step, '')}", str(file))
+                    for step, file in saved] or [(name, name)]
     return choices
 
 
 @lru_cache(maxsize=4)
 def load(name, changed):
     """(model, tokenizer, eos), loaded once for all. changed: when. Raises ValueError."""
-    device, dtype, _ = pick_device()
     model, folder, _ = sample.load(name)
-    return model.to(device, dtype).eval(), *prepare.open_tokenizer(folder)
+    return model.to(*pick_device()[:2]).eval(), *prepare.open_tokenizer(folder)
 
 
-def stream(name, prompt, stops, seed, length, temperature, top_k, top_p):
-    """Yields (text after the prompt, a line about it) as they come; the text is sample.py's."""
+def stream(is_on, name, prompt, stops, seed, length, temperature, top_k, top_p):
+    """Yields (text after the prompt, a line about it, whether more comes); text as sample.py's."""
+    text, line, tokens, seconds = "", "0 tokens", 0, 0.0
+    yield text, line, True  # loading and compiling take a while
     with ONE_STEP:
         loaded = load(name, os.path.exists(name) and os.path.getmtime(name))
     pieces = sample.write(*loaded, prompt, 1, int(length), stops, int(seed),
                           temperature=temperature, top_k=int(top_k), top_p=top_p)
-    text, line, seconds = "", "", 0.0
-    for n in count(1):
+    new, count = [""], 1
+    while new and is_on():
         with ONE_STEP:
             began = time.perf_counter()
-            _, piece = next(pieces, (0, None))
+            new = [piece for _, piece in islice(pieces, count)]
             seconds += time.perf_counter() - began
-        if piece is None:
-            break
-        n = min(n, int(length))  # (the end has a piece, and no token)
-        text += piece
-        line = f"{n} tokens, {n / seconds:,.0f} per second"
-        yield text, line
-    yield text, f"done: {line}"
-
-
-def streams(asked, names, prompt, stop_texts, numbers):
-    """A stream for each name. Raises ValueError for what cannot be."""
-    gone = set(names) - {name for _, name in found(asked)}
-    if gone:
-        raise ValueError(f"There is no {gone.pop()} (any more): reload the page")
-    for value, (label, (low, high, *_)) in zip(numbers, NUMBERS.items()):
-        if not isinstance(value, (int, float)) or not low <= value <= high:
-            raise ValueError(f"{label}: must be from {low} to {high:,}")
-    stops = [stop.replace("\\n", "\n") for stop in stop_texts.splitlines() if stop]
-    return [stream(name, prompt, stops, *numbers) for name in names]
+        text += "".join(new)
+        tokens = min(tokens + len(new), int(length))  # (the end has a piece, and no token)
+        line = f"{tokens} tokens, {tokens / seconds:,.0f} per second"
+        yield text, line, True
+        count = 1 + int(tokens / seconds / 25)  # 25 times a second is as often as an eye can see
+    yield text, f"{'stopped at' if new else 'done:'} {line}", False
 
 
 def show(asked, running, left, right, prompt, stop_texts, *numbers):
-    """Yields what the page shows, the left text to continue, and the Stop button.
-
-    running: a session's dict; Stop takes the run out of it, a later click replaces the run."""
+    """Yields what the page shows, the left text to continue, and the Stop button."""
     import gradio as gr
     prompt = prompt or "\n"
+    stops = [stop.replace("\\n", "\n") for stop in stop_texts.splitlines() if stop]
     names = [left, right] if right else [left]
-    sides, shown = [("", "0 tokens")] * len(names), 0.0  # loading and compiling take a while
-    mine = running["now"] = object()
-
-    def page(is_running):
-        body = "".join(SIDE.format(line, html.escape(prompt), html.escape(text))
-                       for text, line in sides)
-        plain = prompt + sides[0][0] if sides else ""
-        return f'<div class="sides">{body}</div>', plain, gr.Button(visible=is_running)
-
+    mine = running["now"] = object()  # in the session: Stop takes it out, a later run replaces it
+    sides = []
     try:
-        yield page(True)
-        for steps in zip_longest(*streams(asked, names, prompt, stop_texts, numbers)):
-            sides = [step or side for step, side in zip_longest(steps, sides)]  # ended: its last
-            if running.get("now") is not mine:
-                break
-            if time.perf_counter() - shown > 0.04:  # as often as an eye can see
-                shown = time.perf_counter()
-                yield page(True)
-        sides = [(text, line if line.startswith("done") else f"stopped at {line}")
-                 for text, line in sides]
-        if running.get("now", mine) is mine:
-            yield page(False)
+        gone = set(names) - {name for _, name in found(asked)}
+        if gone:
+            raise ValueError(f"There is no {gone.pop()} (any more): reload the page")
+        for value, (label, (low, high, *_)) in zip(numbers, NUMBERS.items()):
+            if not isinstance(value, (int, float)) or not low <= value <= high:
+                raise ValueError(f"{label}: must be from {low} to {high:,}")
+        streams = [stream(lambda: running.get("now") is mine, name, prompt, stops, *numbers)
+                   for name in names]
+        for steps in zip_longest(*streams):
+            sides = [step or side for step, side in zip_longest(steps, sides)]
+            body = "".join(SIDE.format(line, escape(prompt), escape(text))
+                           for text, line, _ in sides)
+            if running.get("now", mine) is mine:
+                yield body, prompt + sides[0][0], gr.Button(visible=any(more for *_, more in sides))
     except ValueError as e:
-        sides = []
-        yield page(False)
-        raise gr.Error(html.escape(str(e), quote=False), print_exception=False) from None
+        yield "", "", gr.Button(visible=False)
+        raise gr.Error(escape(str(e), quote=False), print_exception=False) from None
 
 
 def page(asked):
     import gradio as gr
 
-    def refresh():
+    def dropdowns():
         choices = found(asked) or [("none", "")]
-        return gr.Dropdown(choices, value=choices[0][1]), gr.Dropdown([("none", ""), *choices])
+        return (gr.Dropdown(choices, value=choices[0][1], label="Checkpoint"),
+                gr.Dropdown([("none", ""), *choices], label="Beside it",
+                            info="From the same prompt and seed"))
 
-    def generate(checkpoint: str, prompt: str, seed: int = 1337, length: int = 200,
-                 temperature: float = 0.8, top_k: int = 50, top_p: float = 1.0,
-                 stop: str = "") -> str:
+    def generate(checkpoint: str, prompt: str, stop: str = "", seed: int = 1337, length: int = 200,
+                 temperature: float = 0.8, top_k: int = 50, top_p: float = 1.0) -> str:
         """The text after the prompt. checkpoint: as on the page; stop: texts, one a line."""
         numbers = (seed, length, temperature, top_k, top_p)
         *_, (_, text, _) = show(asked, {}, checkpoint, "", prompt, stop, *numbers)
         return text.removeprefix(prompt or "\n")
 
     with gr.Blocks(title="SmolLM2") as blocks:
-        gr.Markdown("# SmolLM2\nWrite a beginning, and the model goes on.")
+        gr.Markdown("# SmolLM2\nWrite a beginning; with Ctrl-Enter, the model goes on.")
         with gr.Row():
             with gr.Column(scale=5, min_width=340):
-                prompt = gr.Textbox("ROMEO:", label="Prompt", info="Ctrl-Enter generates", lines=3,
-                                    max_lines=8)
+                prompt = gr.Textbox("ROMEO:", label="Prompt", lines=3, max_lines=8)
                 gr.Examples(BEGINNINGS, prompt, label="Beginnings")
                 with gr.Row():
                     go = gr.Button("Generate", variant="primary", min_width=90, elem_id="go")
                     again = gr.Button("New seed", min_width=90)
                     on = gr.Button("Continue", min_width=90)
                     stop = gr.Button("Stop", variant="stop", min_width=90, visible=False)
-                texts = gr.HTML()
+                texts = gr.HTML(html_template='<div class="sides">${value}</div>')
             with gr.Column(scale=3, min_width=300):
-                left = gr.Dropdown(found(asked), label="Checkpoint")
-                right = gr.Dropdown([("none", ""), *found(asked)], label="Beside it",
-                                    info="From the same prompt and seed")
+                left, right = dropdowns()
                 numbers = [gr.Slider(low, high, value, step=step, label=label, info=info)
                            for label, (low, high, value, step, info) in NUMBERS.items()]
                 stops = gr.Textbox(label="Stop texts", info="One a line; \\n: line break", lines=2)
         running, written = gr.State({}), gr.State("")
         private = {"api_visibility": "private", "show_progress": "hidden"}
-        write_it = {"fn": partial(show, asked), "concurrency_limit": 8, **private,
-                    "preprocess": False,  # the values are checked here, so that an error clears
-                    "inputs": [running, left, right, prompt, stops, *numbers],
-                    "outputs": [texts, written, stop]}
-        go.click(**write_it)
-        again.click(lambda: random.randrange(2**31), None, numbers[0], **private).then(**write_it)
-        on.click(lambda old, new: new or old, [prompt, written], prompt, **private).then(**write_it)
+        seeded = again.click(numbers[0].get_random_value, None, numbers[0], **private)
+        longer = on.click(lambda old, new: new or old, [prompt, written], prompt, **private)
+        for event in (go.click, seeded.then, longer.then):  # (show checks the values itself)
+            event(partial(show, asked), [running, left, right, prompt, stops, *numbers],
+                  [texts, written, stop], concurrency_limit=8, preprocess=False, **private)
         stop.click(lambda running: running.clear(), running, **private)
-        blocks.load(refresh, None, [left, right], **private)
+        blocks.load(dropdowns, None, [left, right], **private)
         gr.api(generate)
     return blocks
 
