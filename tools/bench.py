@@ -20,7 +20,6 @@ machine is unfair to all alike (on a GPU too small for two, one after the other)
 medians (lowest to highest); the ratio says how many times as long as ours, turn by turn. --output
 writes every measurement as JSON, part by part.
 """
-import argparse
 import json
 import math
 import os
@@ -33,7 +32,9 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import defaultdict
 from contextlib import suppress
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
@@ -42,21 +43,20 @@ from tqdm import tqdm
 
 import prepare
 
-fail = partial(prepare.fail, "tools.bench")
 ROOT = Path(__file__).resolve().parent.parent
 
 
 # ------------------------------------------------- in the contestants: each returns its turn, step
 
 
-def train_ours(args):
+def train_ours(shape, deterministic=True, optimizer="adamw"):
     import torch
 
     import train
     from model import SmolLM2
-    B, T = args.shape
-    config = train.TrainConfig(batch_size=B, block_size=T, deterministic=args.deterministic,
-                               optimizer=args.optimizer, lr_decay_steps=5000)
+    B, T = shape
+    config = train.TrainConfig(batch_size=B, block_size=T, deterministic=deterministic,
+                               optimizer=optimizer, lr_decay_steps=5000)
     machine = train.set_up_machine(config)
     run = train.Run(config, SmolLM2(config), None, machine)
     run.model.compile_for_training(B * T)
@@ -67,22 +67,20 @@ def train_ours(args):
     return step
 
 
-def train_transformers(args):
+def train_transformers(shape, lent=False):
     import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
 
     from model import keep_freed_memory, pick_device
-    B, T = args.shape
     device, dtype, _ = pick_device()
-    if args.lent:
+    if lent:
         keep_freed_memory()
-    model = LlamaForCausalLM(LlamaConfig(**llama_sizes(), use_cache=False)).to(device)
+    model = transformers_model(use_cache=False).to(device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4, betas=(0.9, 0.95), weight_decay=0.1,
                                   fused=True)
     compiled = torch.compile(model)
 
     def step():
-        ids = torch.randint(0, 49152, (B, T), device=device)
+        ids = torch.randint(0, 49152, shape, device=device)
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
             loss = compiled(input_ids=ids, labels=ids).loss
         loss.backward()
@@ -93,14 +91,15 @@ def train_transformers(args):
     return step
 
 
-def llama_sizes():
-    from dataclasses import asdict
+def transformers_model(**options):
+    from transformers import LlamaConfig, LlamaForCausalLM
 
     from model import SmolLM2Config
-    return {**asdict(SmolLM2Config()), "tie_word_embeddings": True}
+    options |= asdict(SmolLM2Config())
+    return LlamaForCausalLM(LlamaConfig(tie_word_embeddings=True, **options))
 
 
-def machine_rates(args):
+def machine_rates():
     """FLOP/s over the matrix products of a training step, and the bytes/s read from memory."""
     import torch
 
@@ -151,12 +150,11 @@ def timed(work):
     return time.perf_counter() - start
 
 
-def decode_ours(args):
+def decode_ours(rows, prompt, new, dtype):
     import torch
 
     import model
-    rows, prompt, new = args.rows
-    device, dtype, _ = model.pick_device("auto", args.dtype)
+    device, dtype, _ = model.pick_device("auto", dtype)
     model.keep_freed_memory()
     net = model.SmolLM2(model.SmolLM2Config()).to(device, dtype).eval()
     compiled = model.worth_compiling(device, 10**6)  # as for a long text: it is not timed
@@ -177,14 +175,12 @@ def stream(tokens, rows):
     return {"first": times[0], "tokens_per_sec": rate}
 
 
-def decode_transformers(args):
+def decode_transformers(rows, prompt, new, dtype):
     import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
 
     from model import pick_device
-    rows, prompt, new = args.rows
-    device, dtype, _ = pick_device("auto", args.dtype)
-    model = LlamaForCausalLM(LlamaConfig(**llama_sizes())).to(device, dtype).eval()
+    device, dtype, _ = pick_device("auto", dtype)
+    model = transformers_model().to(device, dtype).eval()
 
     def step():
         ids = torch.randint(1, 49152, (rows, prompt), device=device)
@@ -196,13 +192,12 @@ def decode_transformers(args):
     return step
 
 
-def decode_llama_cpp(args):
+def decode_llama_cpp(prompt, new, gguf):
     import random
 
     from llama_cpp import Llama
-    rows, prompt, new = args.rows
     cores = os.cpu_count()
-    llama = Llama(args.gguf, n_ctx=prompt + new + 8, n_threads=cores, n_threads_batch=cores,
+    llama = Llama(gguf, n_ctx=prompt + new + 8, n_threads=cores, n_threads_batch=cores,
                   verbose=False)
 
     def tokens():
@@ -211,14 +206,14 @@ def decode_llama_cpp(args):
         for _, token in zip(range(new), llama.generate(ids, temp=0.0)):
             yield [token]
 
-    return lambda: stream(tokens(), rows)
+    return lambda: stream(tokens(), 1)
 
 
-def encode_text(args):
+def encode_text(data_dir, all_cores):
     """Tokenizes 50 MB as prepare.py does, its check that nothing is lost aside."""
-    os.environ["TOKENIZERS_PARALLELISM"] = str(not args.one_core).lower()
-    backend = prepare.load_tokenizer(Path(args.data_dir, "tokenizer")).backend_tokenizer
-    text = backend.decode(np.fromfile(Path(args.data_dir, "train.bin"), dtype="<u2").tolist())
+    os.environ["TOKENIZERS_PARALLELISM"] = str(all_cores).lower()
+    backend, _ = prepare.open_tokenizer(Path(data_dir, "tokenizer"))
+    text = backend.decode(np.fromfile(Path(data_dir, "train.bin"), dtype="<u2").tolist())
     text *= 1 + 50_000_000 // len(text)
     pieces = prepare.PIECES.findall(text)
 
@@ -229,12 +224,12 @@ def encode_text(args):
     return step
 
 
-def contestant(args):
-    """Serves one contestant: a turn for each line on standard input, answered in JSON."""
+def serve(contestant, **options):
+    """Serves one of the above: a turn for each line on standard input, answered in JSON."""
     answers, sys.stdout = sys.stdout, sys.stderr
     import torch
     torch.manual_seed(0)
-    step = globals()[args.contestant](args)
+    step = contestant(**options)
     for _ in sys.stdin:
         start = time.perf_counter()
         answer = {"result": step()}
@@ -251,14 +246,15 @@ def contestant(args):
 
 
 class Contestant:
-    """A contestant's process, with an empty compile cache of its own."""
+    """A contestant's process, with an empty compile cache of its own. work: a partial function."""
 
-    def __init__(self, name, label, *options):
+    def __init__(self, label, work):
         self.label, self.answers, self.problem = label, [], None
         self.cache, self.errors = tempfile.TemporaryDirectory(), tempfile.TemporaryFile("w+")
+        code = f"bench.serve(bench.{work.func.__name__}, **{work.keywords})"
         start = time.perf_counter()
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "tools.bench", "--contestant", name, *options], cwd=ROOT,
+            [sys.executable, "-c", f"from tools import bench; {code}"], cwd=ROOT,
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.errors, text=True,
             env={**os.environ, "TORCHINDUCTOR_CACHE_DIR": self.cache.name})
         self.turn()
@@ -289,19 +285,19 @@ class Contestant:
         return [answer[name] for answer in self.answers]
 
 
-def take_turns(starters, runs, warmup, what):
-    """Starts the contestants, runs them in turns, and returns them, ended. One that fails is told
-    and left out. Raises RuntimeError where it is the first, to which the others are compared."""
+def take_turns(works, runs, warmup, what):
+    """Starts the contestants, {label: work}, runs them in turns, and returns them, ended. One that
+    fails is told and left out; the first, to which all are compared, raises RuntimeError."""
     contestants, waiting = [], []
-    turns = len(starters) * (1 + warmup + runs)
+    turns = len(works) * (1 + warmup + runs)
     with tqdm(total=turns, desc=what, leave=False, disable=None) as bar:
-        for starter in starters:
-            contestants.append(Contestant(*starter))
+        for label, work in works.items():
+            contestants.append(Contestant(label, work))
             waiting.append(contestants[-1])
             bar.update()
             is_full = [1.5 * answer["memory"] > answer.get("room", np.inf)
-                     for answer in contestants[-1].answers]
-            if starter != starters[-1] and not any(is_full):  # else: a GPU without room for another
+                       for answer in contestants[-1].answers]
+            if len(contestants) < len(works) and not any(is_full):  # a GPU has room for another
                 continue
             for _ in range(warmup + runs):
                 for c in waiting:
@@ -311,11 +307,11 @@ def take_turns(starters, runs, warmup, what):
                 c.close()
                 c.answers = c.answers[1 + warmup:]
             waiting = []
-    problems = [c.problem for c in contestants if c.problem]
     if contestants[0].problem:
         raise RuntimeError(contestants[0].problem)
-    for problem in problems:
-        prepare.log(problem)
+    for c in contestants:
+        if c.problem:
+            prepare.log(c.problem)
     return [c for c in contestants if not c.problem]
 
 
@@ -337,26 +333,28 @@ def processor():
 
 
 def bench_train(args, report):
-    rates = take_turns([("machine_rates", "machine")], 1, 0, "machine")[0].get("result")[0]
-    report["rates"] = rates
+    [machine] = take_turns({"machine": partial(machine_rates)}, 1, 0, "machine")
+    rates = report["rates"] = machine.get("result")[0]
     print(f"\nmatrix products of the model's shapes: bf16 {rates['bfloat16'] / 1e9:,.0f} GFLOP/s, "
           f"fp32 {rates['float32'] / 1e9:,.0f}; memory reads {rates['read'] / 1e9:.1f} GB/s")
-    compare_steps(args, report, "train", [("train_ours", "ours"),
-                                          ("train_transformers", "transformers"),
-                                          ("train_transformers", "transformers, lent", "--lent")])
+    compare_steps(args, report, "train", {
+        "ours": partial(train_ours, deterministic=args.deterministic),
+        "transformers": partial(train_transformers),
+        "transformers, lent": partial(train_transformers, lent=True)})
 
 
 def bench_fast(args, report):
-    compare_steps(args, report, "fast", [("train_ours", "deterministic"),
-                                         ("train_ours", "not deterministic", "--fast")])
+    compare_steps(args, report, "fast", {
+        "deterministic": partial(train_ours),
+        "not deterministic": partial(train_ours, deterministic=False)})
 
 
 def bench_muon(args, report):
-    compare_steps(args, report, "muon", [("train_ours", "AdamW"),
-                                         ("train_ours", "Muon", "--optimizer", "muon")])
+    ours = partial(train_ours, deterministic=args.deterministic)
+    compare_steps(args, report, "muon", {"AdamW": ours, "Muon": partial(ours, optimizer="muon")})
 
 
-def compare_steps(args, report, part, starters):
+def compare_steps(args, report, part, works):
     """Training steps of contestants; the first is what the others' ratios refer to."""
     from model import SmolLM2, SmolLM2Config
     model = SmolLM2(SmolLM2Config())
@@ -365,15 +363,14 @@ def compare_steps(args, report, part, starters):
     rate = report.get("rates", {}).get("bfloat16", math.nan)
     for shape in args.shapes:
         B, T = map(int, shape.split("x"))
-        options = ["--shape", shape] + ([] if args.deterministic else ["--fast"])
-        contestants = take_turns([(*starter, *options) for starter in starters], args.runs, 2,
-                                 f"{part} {shape}")
+        shaped = {label: partial(work, shape=(B, T)) for label, work in works.items()}
+        contestants = take_turns(shaped, args.runs, 2, f"{part} {shape}")
         first = contestants[0].get("seconds")
         for c in contestants:
             seconds = c.get("seconds")
             s, ratios = statistics.median(seconds), [p / q for p, q in zip(seconds, first)]
             flops, memory = B * T * model.flops_per_token(T) / s, max(c.get("memory"))
-            report.setdefault(part, {})[f"{shape} {c.label}"] = {
+            report[part][f"{shape} {c.label}"] = {
                 "seconds": seconds, "tokens_per_sec": B * T / s, "ratios": ratios,
                 "flops": flops, "memory": memory, "first": c.first}
             print(f"{shape + ' ' + c.label:<32}{spread(seconds, '{:.3f}'):>24}{B * T / s:>9,.0f}"
@@ -405,7 +402,7 @@ def bench_exact(args, report):
     for name in ("second", "resumed"):
         pairs = zip(tensors["first"], tensors[name], strict=True)
         same = all(torch.equal(a, b) for a, b in pairs)
-        report.setdefault("exact", {})[name] = same
+        report["exact"][name] = same
         print(f"exact    {name} run of 40 steps: {'the same bits' if same else 'OTHER BITS'}")
 
 
@@ -433,32 +430,31 @@ def bench_decode(args, report):
                                     ("one stream, at 2,000 tokens", 1, 1970, 64),
                                     ("one stream, prompt of 1,000", 1, 1000, 16),
                                     ("eight streams, 32 + 128", 8, 32, 128)]:
-        options = ["--rows", str(rows), str(prompt), str(new), "--dtype", args.dtype]
-        starters = [("decode_ours", "ours", *options),
-                    ("decode_transformers", "transformers", *options)]
+        sizes = {"rows": rows, "prompt": prompt, "new": new, "dtype": args.dtype}
+        works = {"ours": partial(decode_ours, **sizes),
+                 "transformers": partial(decode_transformers, **sizes)}
         if args.gguf and rows == 1:
-            starters.append(("decode_llama_cpp", "llama.cpp", *options, "--gguf", args.gguf))
-        contestants = take_turns(starters, args.runs, 1, f"decode {what}")
+            works["llama.cpp"] = partial(decode_llama_cpp, prompt=prompt, new=new, gguf=args.gguf)
+        contestants = take_turns(works, args.runs, 1, f"decode {what}")
         ours = [result["tokens_per_sec"] for result in contestants[0].get("result")]
         for c in contestants:
             rates = [result["tokens_per_sec"] for result in c.get("result")]
             first = statistics.median(result["first"] for result in c.get("result"))
             ratios = [p / q for p, q in zip(ours, rates)]
-            report.setdefault("decode", {})[f"{what} {c.label}"] = {
+            report["decode"][f"{what} {c.label}"] = {
                 "tokens_per_sec": rates, "first": first, "ratios": ratios}
             print(f"{what + ' ' + c.label:<44}{first:>10.2f} s{spread(rates, '{:.1f}'):>27}"
                   f"{spread(ratios):>22}", flush=True)
 
 
 def bench_prepare(args, report):
-    options = ["--data_dir", args.data_dir]
-    starters = [("encode_text", "all cores", *options),
-                ("encode_text", "one core", *options, "--one_core")]
-    contestants = take_turns(starters, min(args.runs, 5), 0, "prepare")
+    works = {label: partial(encode_text, data_dir=args.data_dir, all_cores=label == "all cores")
+             for label in ("all cores", "one core")}
+    contestants = take_turns(works, min(args.runs, 5), 0, "prepare")
     print(f"\n{'prepare (50 MB of text)':<34}{'seconds':>22}{'MB/s':>9}")
     for c in contestants:
         seconds, size = c.get("seconds"), c.get("result")[0]
-        report.setdefault("prepare", {})[c.label] = {"seconds": seconds, "characters": size}
+        report["prepare"][c.label] = {"seconds": seconds, "characters": size}
         print(f"{c.label:<34}{spread(seconds):>22}{size / statistics.median(seconds) / 1e6:>9.1f}",
               flush=True)
 
@@ -487,30 +483,20 @@ def main(argv=None):
     add("--recipe", default=str(ROOT / "config" / "smollm2.py"),
         help="for exact [config/smollm2.py]")
     add("--output", help="write all measurements to this JSON file")
-    for name in ("--contestant", "--shape"):
-        add(name, help=argparse.SUPPRESS)
-    add("--optimizer", default="adamw", help=argparse.SUPPRESS)
-    for name in ("--one_core", "--lent"):
-        add(name, action="store_true", help=argparse.SUPPRESS)
-    add("--rows", type=int, nargs=3, help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
-    if args.contestant:
-        args.shape = tuple(map(int, (args.shape or "0x0").split("x")))
-        return contestant(args)
-    parts, is_gpu = args.parts or STANDARD, args.parts == ["gpu"]
-    if is_gpu:
-        parts = GPU
-    unknown = [part for part in parts if part not in PARTS]
-    if unknown:
-        fail(f"unknown part {unknown[0]!r}: one of {', '.join(PARTS)}, or gpu alone", 2)
-    larger = ["16x2048", "32x2048"] if is_gpu else ["8x1024", "4x2048"]
-    args.shapes = args.shapes or ["4x256", *larger]
+    parts, shapes = args.parts or STANDARD, ["4x256", "8x1024", "4x2048"]
+    if parts == ["gpu"]:
+        parts, shapes = GPU, ["4x256", "16x2048", "32x2048"]
+    for part in parts:
+        if part not in PARTS:
+            parser.error(f"unknown part {part!r}: one of {', '.join(PARTS)}, or gpu alone")
+    args.shapes = args.shapes or shapes
     for shape in args.shapes:
         if not re.fullmatch(r"[1-9]\d*x[1-9]\d*", shape):
-            fail(f"--shapes {shape}: expected BxT, as in 4x256", 2)
-    report = {"machine": processor()}
+            parser.error(f"--shapes {shape}: expected BxT, as in 4x256")
+    report, failed = defaultdict(dict), []
+    report["machine"] = processor()
     print(report["machine"])
-    failed = []
     for part in parts:  # one that fails takes none of the others with it
         try:
             PARTS[part](args, report)
@@ -520,7 +506,7 @@ def main(argv=None):
         if args.output:
             Path(args.output).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     if failed:
-        fail(f"failed, see above: {', '.join(failed)}")
+        raise ValueError(f"failed, see above: {', '.join(failed)}")
 
 
 if __name__ == "__main__":
