@@ -9,12 +9,12 @@ faint, their mean nearby is a line, held-out losses are dots.
 import itertools
 import json
 import os
-from functools import partial
 from pathlib import Path
+
+import numpy as np
 
 import prepare
 
-fail = partial(prepare.fail, "tools.plot")
 AXES = {"step": "step", "tokens": "tokens", "time": "seconds"}  # --x, and its key in a row
 PANELS = {"loss": "Loss, nats per token", "lr": "Learning rate", "grad_norm": "Gradient norm",
           "tokens_per_sec": "Tokens per second"}
@@ -61,25 +61,20 @@ def column(rows, name, x):
 
 def smooth(values):
     """The mean around each value, over a fortieth of all to either side; fewer at the ends."""
-    reach, means = len(values) // 40, []
-    sums = list(itertools.accumulate(values, initial=0.0))
-    for i in range(len(values)):
-        first = max(0, i - reach)
-        last = min(len(values) - 1, i + min(i, reach))  # at the steep start: as far to both sides
-        means.append((sums[last + 1] - sums[first]) / (last + 1 - first))
-    return means
+    at, reach = np.arange(len(values)), len(values) // 40
+    first = np.maximum(at - reach, 0)
+    end = np.minimum(at + np.minimum(at, reach) + 1, len(values))  # at the steep start: as far on
+    sums = np.cumsum([0, *values])
+    return (sums[end] - sums[first]) / (end - first)
 
 
 def line(axis, xs, ys, **how):
     """A line; where there are few points, each is marked, too."""
-    if len(xs) < 10:
-        how.setdefault("marker", "o")
-    axis.plot(xs, ys, **how)
+    axis.plot(xs, ys, marker="o" if len(xs) < 10 else None, **how)
 
 
-def draw_run(axes, label, rows, x, color, dots):
-    """One run into all panels. label: "" where there is no other."""
-    prefix = f"{label}: " if label else ""
+def draw_run(axes, prefix, rows, x, color, dots):
+    """One run into all panels. prefix: of its labels, "" where there is no other run."""
     xs, losses = column(rows, "loss", x)
     axes["loss"].plot(xs, losses, color=color, alpha=0.25, linewidth=0.8)
     line(axes["loss"], xs, smooth(losses), color=color, label=f"{prefix}training (smoothed)")
@@ -125,26 +120,23 @@ def scale(axes, runs, x):
 
 def draw(runs, output, x="step"):
     """Draws runs {label: rows} to a file, whose ending says the format. Needs matplotlib."""
-    import matplotlib
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-    with plt.rc_context(STYLE):
-        figure = plt.figure(figsize=(10, 6.2), layout="constrained")
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+    seconds, unit = unit_of_time(runs)
+    with rc_context(STYLE):
+        figure = Figure(figsize=(10, 6.2), layout="constrained")
         figure.get_layout_engine().set(w_pad=0.12, h_pad=0.1)
         axes = figure.subplot_mosaic([["loss"] * 3, ["lr", "grad_norm", "tokens_per_sec"]],
                                      height_ratios=[1.9, 1])
-        seconds, unit = unit_of_time(runs)
-        for number, (label, rows) in enumerate(runs.items()):
-            rows = [{**row, "seconds": row["seconds"] / seconds} for row in rows]
-            color = COLORS[number % len(COLORS)]
-            if len(runs) == 1:
-                draw_run(axes, "", rows, AXES[x], color, "#111827")
-            else:
-                draw_run(axes, label, rows, AXES[x], color, color)
         for name, title in PANELS.items():
             axes[name].set_title(title)
-        if len(runs) == 1:
-            axes["loss"].set_title(f"Loss of {next(iter(runs))}, nats per token")
+        for (label, rows), color in zip(runs.items(), itertools.cycle(COLORS)):
+            rows = [{**row, "seconds": row["seconds"] / seconds} for row in rows]
+            if len(runs) == 1:
+                draw_run(axes, "", rows, AXES[x], color, "#111827")
+                axes["loss"].set_title(f"Loss of {label}, nats per token")
+            else:
+                draw_run(axes, f"{label}: ", rows, AXES[x], color, color)
         axes["loss"].set_xlabel({"step": "optimizer steps", "tokens": "tokens trained on",
                                  "time": f"{unit} in training steps, without evaluations"}[x])
         axes["loss"].legend(loc="upper right")
@@ -152,12 +144,10 @@ def draw(runs, output, x="step"):
         output = Path(output)
         temporary = output.with_name(f".{os.getpid()}-{output.name}")
         try:
-            is_svg = output.suffix == ".svg"
-            figure.savefig(temporary, dpi=160, metadata={"Date": None} if is_svg else None)
+            figure.savefig(temporary, dpi=160, metadata={"Date": None})  # the same bytes each time
             os.replace(temporary, output)
         finally:
             temporary.unlink(missing_ok=True)
-            plt.close(figure)
 
 
 @prepare.command("tools.plot")
@@ -173,14 +163,14 @@ def main(argv=None):
     first = Path(args.runs[0])
     output = Path(args.output or (first if first.is_dir() else first.parent) / "plot.png")
     if output.suffix not in (".png", ".svg"):
-        fail(f"--output {output}: must end in .png or .svg", 2)
+        parser.error(f"--output {output}: must end in .png or .svg")
     try:
         runs = {os.path.normpath(run): read_metrics(run) for run in args.runs}
         draw(runs, output, args.x)
     except ImportError:
-        fail("matplotlib is missing: pip install -r tools/requirements.txt")
+        raise ValueError("matplotlib is missing: pip install -r tools/requirements.txt") from None
     except OSError as e:
-        fail(f"cannot write {output}: {e.strerror}")
+        raise ValueError(f"cannot write {output}: {e.strerror}") from None
     print(f"{output} is written")
 
 
