@@ -8,14 +8,12 @@ import json
 import shlex
 import sys
 import time
-from functools import partial
 from pathlib import Path
 
 import prepare
 from tools.export import PATHS
 from tools.plot import read_metrics
 
-fail = partial(prepare.fail, "tools.tensorboard")
 TAGS = {"loss": "loss/training", "val_loss": "loss/held-out", "lr": "optimizer/lr",
         "grad_norm": "optimizer/grad_norm", "tokens_per_sec": "speed/tokens_per_sec"}
 
@@ -62,9 +60,9 @@ def main(argv=None):
             time.sleep(5)
             step = write_events(events, out, step)
     except ImportError:
-        fail("tensorboard is missing: pip install -r tools/requirements.txt")
+        raise ValueError("tensorboard is missing: pip install -r tools/requirements.txt") from None
     except (OSError, ValueError, LookupError) as e:
-        fail(f"{args.run}: {prepare.first_line(e)}")
+        raise ValueError(f"{args.run}: {prepare.first_line(e)}") from None
     events.close()
 
 
