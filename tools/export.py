@@ -12,18 +12,15 @@ import math
 import os
 import re
 import shlex
-import shutil
 import sys
 import tempfile
 from contextlib import suppress
 from dataclasses import fields
-from functools import partial
 from pathlib import Path
 
 import prepare
 from model import HUB_NAME
 
-fail = partial(prepare.fail, "tools.export")
 HUB_DATASET = rf"({HUB_NAME})(:[\w.-]+)?, split \S+"  # how tools.corpus names it in meta.json
 PATHS = ("out_dir", "data_dir", "init_from")  # folders of this machine are not told
 CARD = """---
@@ -32,7 +29,8 @@ CARD = """---
 
 # {title}
 
-{summary}
+A language model of {parameters:,} parameters in the architecture of SmolLM2 (Llama), {origin} up to
+step {step:,}; its weights are {dtype}.
 {warning}
 A base model: it continues text and follows no instructions; it knows what its training text says,
 wrong or not, and may write what is false or offensive.
@@ -99,7 +97,7 @@ def save_tokenizer(tokenizer, folder):
     """Writes the tokenizer so that transformers 4, and what builds on it, reads it, too."""
     tokenizer.save_pretrained(folder)
     file = folder / "tokenizer_config.json"
-    config = json.loads(file.read_text(encoding="utf-8"))
+    config = json.loads(file.read_bytes())
     for name in ("backend", "is_local", "local_files_only"):
         config.pop(name, None)
     if "extra_special_tokens" in config:
@@ -112,7 +110,7 @@ def read_meta(state):
     """The meta.json of the data that were trained on; {} where they are gone, or others by now."""
     folder = Path(state["config"]["data_dir"])
     with suppress(OSError, ValueError, LookupError, TypeError, AttributeError):
-        meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+        meta = json.loads((folder / "meta.json").read_bytes())
         if prepare.Data(None, None, meta, folder).fingerprint() == state["data"]:
             return meta
     return {}
@@ -121,8 +119,7 @@ def read_meta(state):
 def read_commit(state):
     """The git commit that the run was made with; "" where nobody wrote it down."""
     with suppress(OSError, ValueError, LookupError, TypeError):
-        run = json.loads((state["file"].parent / "run.json").read_text(encoding="utf-8"))
-        return re.fullmatch("([0-9a-f]{12})[0-9a-f]*|", run["git"] or "")[1] or ""
+        return json.loads((state["file"].parent / "run.json").read_bytes())["git"][:12]
     return ""
 
 
@@ -145,25 +142,26 @@ def front_matter(args, state, meta, figures, title):
                           dataset_split="held out") for name, value in figures.items()]
     init = state["config"]["init_from"]
     is_hub_name = re.fullmatch(HUB_NAME, init) and not os.path.exists(init)
-    facts = {"license": args.licence, "language": args.language, "library_name": "transformers",
-             "pipeline_tag": "text-generation", "tags": ["llama", "smollm2"], "model_name": title,
-             "base_model": init if is_hub_name else None, "datasets": dataset,
-             "eval_results": results or None}
-    return ModelCardData(**{name: fact for name, fact in facts.items() if fact}).to_yaml()
+    return ModelCardData(
+        license=args.licence, language=args.language, library_name="transformers",
+        pipeline_tag="text-generation", tags=["llama", "smollm2"], model_name=title,
+        base_model=init if is_hub_name else None, datasets=dataset,
+        eval_results=results or None).to_yaml()  # (what is None is left out)
 
 
-def describe_losses(rows, state, figures):
-    """What the card says of the losses, in Markdown."""
+def describe_losses(tests, state, figures):
+    """What the card says of the losses, in Markdown. tests: the rows with a held-out loss."""
     here = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in figures.items())
     text = f"Held-out {here}." if here else "These weights were not evaluated."
     best = state["best"]
     if best and best["step"] != state["step"]:
         text += f" The run's lowest loss before was {best['val_loss']:.4f}, at step {best['step']}."
-    tests = [row for row in rows if row.get("val_loss") is not None]
+    if not tests:
+        return [text]
     table = ["| step | training loss | held-out loss |", "| ---: | ---: | ---: |"]
-    for i in sorted({round(i * (len(tests) - 1) / 7) for i in range(8) if tests}):  # a few of all
+    for i in sorted({round(i * (len(tests) - 1) / 7) for i in range(8)}):  # a few of all
         table.append("| {step} | {loss:.4f} | {val_loss:.4f} |".format(**tests[i]))
-    return [text, "\n".join(table)] if tests else [text]
+    return [text, "\n".join(table)]
 
 
 def describe_data(meta, tokens):
@@ -187,30 +185,31 @@ def write_card(args, folder, state, parameters, title):
     from train import KEYS
     config, meta, step, rows = state["config"], read_meta(state), state["step"], []
     if (state["file"].parent / "metrics.jsonl").exists():
-        rows = [r for r in read_metrics(state["file"].parent) if r["step"] <= step]
-    evaluated = [r["val_loss"] for r in rows if r["step"] == step and r.get("val_loss") is not None]
-    figures = metrics_of(evaluated[0], meta) if evaluated else {}
-    losses = describe_losses(rows, state, figures)
+        rows = [row for row in read_metrics(state["file"].parent) if row["step"] <= step]
+    tests = [row for row in rows if row.get("val_loss") is not None]
+    is_evaluated = tests and tests[-1]["step"] == step
+    figures = metrics_of(tests[-1]["val_loss"], meta) if is_evaluated else {}
+    losses = describe_losses(tests, state, figures)
     if rows:
         with suppress(ImportError):  # the table says it, too
             draw({title: rows}, folder / "plot.png")
             losses.append("![Loss, learning rate, gradient norm and speed](plot.png)")
-    warning, commit, init = "", read_commit(state), config["init_from"]
+    warning, init = "", config["init_from"]
     if meta.get("stand_in"):
         warning = (f"\n> [!WARNING]\n> **STAND-IN DATA.** The real {meta['stand_in']} could not be "
                    "fetched when the data were prepared.\n> This model is a try, not a result.\n")
-    origin = f"fine-tuned from {name_only(init)}" if init else "trained from random weights"
-    machine = [f"git {commit}"] if commit else []
-    machine += [f"{name} {value}" for name, value in state["machine"].items()]
+    machine = {"git": read_commit(state), **state["machine"]}
     (folder / "README.md").write_text(CARD.format(
-        front=front_matter(args, state, meta, figures, title), title=title,
+        front=front_matter(args, state, meta, figures, title), title=title, warning=warning,
+        parameters=parameters, step=step, dtype=args.dtype,
+        origin=f"fine-tuned from {name_only(init)}" if init else "trained from random weights",
         place=args.push_to_hub or title, target=shlex.quote(args.push_to_hub or title),
         quoted=shlex.quote(title), data=describe_data(meta, state["tokens"]),
-        losses="\n\n".join(losses), warning=warning, machine=", ".join(machine),
-        summary=f"A language model of {parameters:,} parameters in the architecture of SmolLM2 "
-                f"(Llama), {origin} up to step {step:,}; its weights are {args.dtype}.",
+        losses="\n\n".join(losses),
         recipe="\n".join(f"{name} = {value!r}" for name, value in config.items()
-                         if name not in PATHS and value != KEYS[name].default)), encoding="utf-8")
+                         if name not in PATHS and value != KEYS[name].default),
+        machine=", ".join(f"{name} {value}" for name, value in machine.items() if value != "")),
+        encoding="utf-8")
 
 
 def export(args):
@@ -226,8 +225,8 @@ def export(args):
     ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
     tokenizer.model_max_length = model.config.max_position_embeddings
     args.folder.parent.mkdir(parents=True, exist_ok=True)
-    new = Path(tempfile.mkdtemp(prefix=".export-", dir=args.folder.parent))  # nothing half written
-    try:
+    with tempfile.TemporaryDirectory(prefix=".export-", dir=args.folder.parent) as new:
+        new = Path(new)  # so that nothing half written is left
         save_pretrained(model, new, getattr(torch, args.dtype), **ids)
         save_tokenizer(tokenizer, new)
         generation = {**ids, "do_sample": True, "temperature": 0.8, "top_k": 50}  # as sample.py
@@ -236,8 +235,6 @@ def export(args):
         args.folder.mkdir(exist_ok=True)
         for file in new.iterdir():
             os.replace(file, args.folder / file.name)
-    finally:
-        shutil.rmtree(new)
 
 
 @prepare.command("tools.export")
@@ -255,18 +252,18 @@ def main(argv=None):
     add("--private", action="store_true", help="with --push_to_hub: visible to you alone")
     args = parser.parse_args(argv)
     if args.push_to_hub and not re.fullmatch(HUB_NAME, args.push_to_hub):
-        fail(f"--push_to_hub {args.push_to_hub}: must be USER/NAME", 2)
+        parser.error(f"--push_to_hub {args.push_to_hub}: must be USER/NAME")
     if args.folder.exists() and not args.folder.is_dir():
-        fail(f"{args.folder} is a file", 2)
+        parser.error(f"{args.folder} is a file")
     if args.folder.exists() and any(args.folder.iterdir()) and not args.overwrite:
-        fail(f"{args.folder} is not empty: choose another folder, or replace its files with "
-             "--overwrite", 2)
+        parser.error(f"{args.folder} is not empty: choose another folder, or replace its files "
+                     "with --overwrite")
     if (args.folder / "metrics.jsonl").exists():
-        fail(f"{args.folder} holds a run: choose another folder", 2)
+        parser.error(f"{args.folder} holds a run: choose another folder")
     try:
         export(args)
     except OSError as e:
-        fail(f"cannot write {args.folder}: {e.strerror or e}")
+        raise ValueError(f"cannot write {args.folder}: {e.strerror or e}") from None
     print(f"{args.folder} is written", file=sys.stderr)
     if args.push_to_hub:
         try:
@@ -276,7 +273,8 @@ def main(argv=None):
                                           commit_message="Upload a model and its card")
             print(f"uploaded: {where}", file=sys.stderr)
         except Exception as e:  # whatever the network or the hub has to say
-            fail(f"the upload failed: {prepare.first_line(e)} (logged in? hf auth login)")
+            problem = prepare.first_line(e)
+            raise ValueError(f"the upload failed: {problem} (logged in? hf auth login)") from None
 
 
 if __name__ == "__main__":
