@@ -386,19 +386,18 @@ def bench_exact(args, report):
     keys = [args.recipe, f"--data_dir={args.data_dir}", f"--deterministic={args.deterministic}",
             "--eval_interval=0", "--sample_interval=0", "--checkpoint_interval=0",
             "--lr_decay_steps=40"]
-    states = {}
+    tensors = {}
     with tempfile.TemporaryDirectory(dir=".") as folder:
-        for name in ("first", "second", "resumed"):
+        for name, stops in {"first": [40], "second": [40], "resumed": [20, 40]}.items():
             out = Path(folder, name)
-            for step in (20, 40) if name == "resumed" else (40,):
+            for step in stops:
                 command = [sys.executable, ROOT / "train.py", *keys, f"--out_dir={out}",
                            f"--max_steps={step}", "--resume=auto"]
                 done = subprocess.run(command, capture_output=True, text=True)
                 if done.returncode:
                     raise RuntimeError(done.stderr.strip().splitlines()[-1])
-            states[name] = train.read_checkpoint(out / "step_000040.pt")
+            tensors[name] = list(find_tensors(train.read_checkpoint(out / "step_000040.pt")))
             shutil.rmtree(out)
-    tensors = {name: list(find_tensors(state)) for name, state in states.items()}
     for name in ("second", "resumed"):
         pairs = zip(tensors["first"], tensors[name], strict=True)
         same = all(torch.equal(a, b) for a, b in pairs)
