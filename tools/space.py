@@ -7,13 +7,11 @@ import os
 import re
 import shlex
 import shutil
-from functools import partial
 from pathlib import Path
 
 import prepare
 from model import HUB_NAME
 
-fail = partial(prepare.fail, "tools.space")
 FRONT_MATTER = """\
 ---
 title: SmolLM2, trained from scratch
@@ -31,28 +29,22 @@ main({argv!r})
 PRIVATE = shutil.ignore_patterns("run.json", ".lock", "samples", "superseded", "tensorboard")
 
 
-def write_space(folder, names):
-    """names: folders, or models of the hub."""
+def write_space(folder, sources, models):
+    """sources: folders to copy, by their names in the Space. models: of the hub."""
     root = Path(__file__).resolve().parent.parent
-    sources = {Path(name).resolve().name: name for name in names if Path(name).is_dir()}
-    if len(sources) < sum(os.path.exists(name) for name in names):
-        fail("name folders, each with a name of its own", 2)
-    if folder.exists():
-        fail(f"{folder} is there already: name another", 2)
     (folder / "tools").mkdir(parents=True)
     for file in ("model.py", "train.py", "prepare.py", "sample.py", "tools/__init__.py",
                  "tools/demo.py", "tools/plot.py"):
         shutil.copy(root / file, folder / file)
     for name, source in sources.items():
         shutil.copytree(source, folder / name, ignore=PRIVATE)
-    names = [*sources, *(name for name in names if not os.path.exists(name))]
     pinned = [line.split()[0] for file in ("requirements.txt", "tools/requirements.txt")
               for line in (root / file).read_text().splitlines() if "==" in line]
     versions = dict(line.split("==") for line in pinned)
     needed = [f"{name}=={versions[name]}" for name in ("torch", "transformers", "numpy")]
     (folder / "requirements.txt").write_text("\n".join(needed) + "\n")
     (folder / "README.md").write_text(FRONT_MATTER.format_map(versions))
-    (folder / "app.py").write_text(APP.format(argv=["--checkpoint", *names]))
+    (folder / "app.py").write_text(APP.format(argv=["--checkpoint", *sources, *models]))
     print(f"{folder} is written: create a Gradio Space, and push this folder to it, as in\n"
           f"hf upload --repo-type space USER/NAME {shlex.quote(str(folder))}")
 
@@ -64,10 +56,17 @@ def main(argv=None):
     parser.add_argument("checkpoint", nargs="+", type=prepare.typed_path,
                         help="folders of runs, exported folders, hub names")
     args = parser.parse_args(argv)
-    for name in args.checkpoint:
-        if not Path(name).exists() and not re.fullmatch(HUB_NAME, name):
-            fail(f"{name}: no such folder", 2)
-    write_space(Path(args.folder), args.checkpoint)
+    folder, names = Path(args.folder), args.checkpoint
+    sources = {Path(name).resolve().name: name for name in names if Path(name).is_dir()}
+    models = [name for name in names if not os.path.exists(name)]
+    for name in models:
+        if not re.fullmatch(HUB_NAME, name):
+            parser.error(f"{name}: no such folder")
+    if len(sources) + len(models) < len(names):
+        parser.error("name folders, each with a name of its own")
+    if folder.exists():
+        parser.error(f"{folder} is there already: name another")
+    write_space(folder, sources, models)
 
 
 if __name__ == "__main__":
