@@ -78,42 +78,44 @@ def run_main(main, *argv, stdin=b"", threads=None):
     return Result(code, *(f.buffer.getvalue().decode(errors="replace") for f in files[1:]))
 
 
-def run_script(name, *argv, limits=(), **env):
-    """Runs a script in a process of its own, to its end."""
-    with (open(os.devnull, "rb") as nothing, tempfile.TemporaryFile() as out,
-          tempfile.TemporaryFile() as err):
-        env, streams = {**os.environ, **env}, (nothing, out, err)
-        code = start([ROOT / name, *argv], Path.cwd(), env, limits, streams).wait(300)
-        return Result(code, *(os.pread(f.fileno(), 2**24, 0).decode() for f in (out, err)))
-
-
 class Process:
     """python COMMAND in cwd and in a process group of its own, its output in the file `log`.
 
-    Used with `with`, nothing of it outlives the block. limits: arguments of resource.setrlimit."""
+    Used with `with`, nothing of it outlives the block. limits: arguments of resource.setrlimit.
+    terminal: what it has as its standard streams, if anything."""
 
-    def __init__(self, command, cwd, limits=(), **env):
+    def __init__(self, command, cwd, limits=(), terminal=None, **env):
         cwd.mkdir(parents=True, exist_ok=True)
-        self.log = Path(tempfile.mkstemp(dir=cwd, suffix=".log")[1])
+        handle, self.log = tempfile.mkstemp(dir=cwd, suffix=".log")
+        os.close(handle)
+        streams = [terminal] * 3 if terminal else [os.devnull, self.log, self.log]
         env = {**os.environ, "HF_HUB_OFFLINE": "1", **env}
-        with open(os.devnull, "rb") as nothing, open(self.log, "wb") as log:
-            self.child = start(command, cwd, env, limits, (nothing, log, log))
-        self.pid = self.child.pid
+        request = [[*map(str, command)], str(cwd), env, limits, streams]
+        print(json.dumps(request), file=zygote().stdin, flush=True)
+        self.pid, self.code = int(zygote().stdout.readline()), None
+        self.pidfd = os.pidfd_open(self.pid)
 
     def __enter__(self):
         return self
 
     def __exit__(self, *_):
         self.kill()
-        self.log.unlink(missing_ok=True)
+        Path(self.log).unlink(missing_ok=True)
+
+    def poll(self, timeout=0):
+        """Its exit code; None where it is still running after that many seconds."""
+        if self.code is None and select.select([self.pidfd], [], [], timeout)[0]:
+            self.code = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+            os.close(self.pidfd)
+        return self.code
 
     @property
     def alive(self):
-        return self.child.poll() is None
+        return self.poll() is None
 
     @property
     def text(self):
-        return self.log.read_text(errors="replace")
+        return Path(self.log).read_text(errors="replace")
 
     def signal(self, signum, group=True):
         """As a terminal does it (Ctrl-C reaches the whole group), or to the process alone."""
@@ -124,7 +126,7 @@ class Process:
         """kill -9 for the process and all below it: torchrun's workers have groups of their own."""
         below = descendants(self.pid) if self.alive else []
         self.signal(signal.SIGKILL)
-        self.child.wait()
+        self.wait()
         for pid in below:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
@@ -143,7 +145,7 @@ class Process:
         return True
 
     def wait(self, timeout=180):
-        code = self.child.wait(timeout)
+        code = self.poll(timeout)
         expect(code is not None, f"a hang: still running after {timeout} s", self.text)
         return code
 
@@ -178,46 +180,17 @@ def descendants(pid):
 
 # ---- processes that start warm: forked from one that has imported what takes three seconds ----
 
-def start(command, cwd, env, limits, streams):
-    """Starts python COMMAND, with the files `streams` as its standard input, output and error."""
-    request = json.dumps([[*map(str, command)], str(cwd), env, limits]).encode()
-    server, _ = zygote()
-    socket.send_fds(server, [request], [stream.fileno() for stream in streams])
-    return Child(int(server.recv(99)))
-
-
-class Child:
-    """A process that start() has begun, with what is used here of subprocess.Popen."""
-
-    def __init__(self, pid):
-        self.pid, self.returncode, self.pidfd = pid, None, os.pidfd_open(pid)
-
-    def wait(self, timeout=None):
-        """Its exit code; None where it is still running after that many seconds."""
-        if self.returncode is None and select.select([self.pidfd], [], [], timeout)[0]:
-            self.returncode = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
-            os.close(self.pidfd)
-        return self.returncode
-
-    def poll(self):
-        return self.wait(0)
-
-
 @functools.cache
 def zygote():
-    """(socket, process) of one that runs serve(); it ends when this process does."""
+    """A process that runs serve(); it ends when this one does."""
     ctypes.CDLL(None).prctl(36, 1)  # PR_SET_CHILD_SUBREAPER: what it lets go of is this process's
-    ours, theirs = socket.socketpair(type=socket.SOCK_SEQPACKET)
-    with theirs:
-        command = [sys.executable, __file__, str(theirs.fileno())]
-        process = subprocess.Popen(command, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL,
-                                   stdout=subprocess.DEVNULL, start_new_session=True,
-                                   env={**os.environ, "HF_HUB_OFFLINE": "1"})
-    return ours, process
+    return subprocess.Popen([sys.executable, __file__], text=True, start_new_session=True,
+                            env={**os.environ, "HF_HUB_OFFLINE": "1"}, stdin=subprocess.PIPE,
+                            stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
 
 
-def serve(requests):
-    """Forks a process for each request; in that of a script it returns, else it never does.
+def serve():
+    """Forks a process for each request, a line of standard input; returns it there, and only there.
 
     Nothing may use torch before: its threads, once started, do not live on in a fork."""
     import torch._dynamo  # noqa: F401
@@ -225,11 +198,8 @@ def serve(requests):
 
     import sample  # noqa: F401
     gc.freeze()  # or every child would copy all pages when it collects
-    fds = []
     while True:
-        before, (request, fds, _, _) = fds, socket.recv_fds(requests, 2**20, 3)
-        for fd in before:  # only now: they keep a terminal open for its reader
-            os.close(fd)
+        request = sys.stdin.readline()
         if not request:  # the tests have ended
             os._exit(0)
         if os.fork() == 0:
@@ -241,11 +211,11 @@ def serve(requests):
     while os.getppid() == between:  # until it is a child of the tests
         time.sleep(0.0002)
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: it ends with them
-    become(*json.loads(request), fds, requests)
+    return json.loads(request)
 
 
-def become(words, cwd, env, limits, streams, requests):
-    """Makes this process one in which Python has just started, with these words to run."""
+def become(words, cwd, env, limits, streams):
+    """Makes this process one in which Python has just started, and runs these words."""
     os.setsid()
     signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in a shell's background,
     signal.signal(signal.SIGHUP, signal.SIG_DFL)  # or by nohup
@@ -254,29 +224,24 @@ def become(words, cwd, env, limits, streams, requests):
     os.chdir(cwd)
     os.environ.clear()
     os.environ.update(env)
-    for stream, fd in enumerate(streams):
-        os.dup2(fd, stream)
-        os.close(fd)
-    with requests:
-        requests.send(str(os.getpid()).encode())
+    os.write(1, b"%d\n" % os.getpid())  # the answer
+    for number, name in enumerate(streams):
+        handle = os.open(name, os.O_RDWR | os.O_APPEND | os.O_NOCTTY)
+        os.dup2(handle, number)
+        os.close(handle)
     scripts = [str(ROOT / f"{name}.py") for name in ("train", "prepare", "sample", "model")]
     if words[0] not in scripts or torch.cuda.is_available():  # CUDA and forks do not mix
         os.execv(sys.executable, [sys.executable, *words])
     if threads := env.get("OMP_NUM_THREADS"):
         torch.set_num_threads(int(threads))
-    sys.argv = words
-
-
-def run_as_main(path):
-    """Runs a script, and ends this process without the second in which Python frees it all."""
-    code = 0
+    sys.argv, code = words, 0
     try:
-        runpy.run_path(path, run_name="__main__")
+        runpy.run_path(words[0], run_name="__main__")
     except SystemExit as e:
         code = e.code or 0
     atexit._run_exitfuncs()
     sys.stdout.flush()
-    os._exit(code)
+    os._exit(code)  # without the second in which Python frees it all
 
 
 # ---- what a script has said ----
@@ -486,5 +451,4 @@ def lost_bits(wanted, out):
 
 if __name__ == "__main__":  # the zygote
     sys.path[0] = str(ROOT)
-    serve(socket.socket(fileno=int(sys.argv[1])))
-    run_as_main(sys.argv[0])
+    become(*serve())

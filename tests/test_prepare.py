@@ -21,8 +21,8 @@ import pytest
 from filelock import FileLock
 
 import prepare
-from tests.harness import (ROOT, Process, assert_refused, expect_end, flip, run_main, run_script,
-                           seal, watch_disk)
+from tests.harness import (ROOT, Process, assert_refused, expect_end, flip, run_main, seal,
+                           watch_disk)
 
 PROSE = "The quick brown fox jumps over the lazy dog; it's 42 times, they said.\n" * 40
 GOLDEN = "1895d231cbeb99f9f1323205e5a2da9471553a0960d16d5a3a685d9dac4e4729"  # of the real ids
@@ -188,8 +188,10 @@ def test_characters_without_a_token_are_an_error_unless_allowed(run, stand_in):
 @pytest.mark.slow
 def test_without_a_network_the_stand_in_is_made_announced_and_the_same_each_time(stand_in):
     nowhere = "http://127.0.0.1:9"
-    code, _, err = run_script("prepare.py", "--out_dir=a", HF_HUB_OFFLINE="0", HF_HOME="none",
-                              HTTPS_PROXY=nowhere, https_proxy=nowhere, NO_PROXY="", no_proxy="")
+    how = {"HF_HUB_OFFLINE": "0", "HF_HOME": "none", "NO_PROXY": "", "no_proxy": "",
+           "HTTPS_PROXY": nowhere, "https_proxy": nowhere}
+    with Process([ROOT / "prepare.py", "--out_dir=a"], Path.cwd(), **how) as process:
+        code, _, err = process.end(300)
     meta, tokenizer = prepare.open_data("a").meta, prepare.load_tokenizer("a/tokenizer")
     assert code == 0 and "STAND-IN" in err and meta["stand_in"] == "text and tokenizer"
     assert "".join(texts_of("a")) == prepare.stand_in_text()

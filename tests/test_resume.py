@@ -24,7 +24,7 @@ import sample
 import train
 from tests.harness import (ROOT, RUN, Process, assert_refused, assert_same_bits, differences,
                            expect_end, is_saving, last_step, make_data, make_tokenizer,
-                           metrics, read, resume_here, run_main, snapshot, start, train_here,
+                           metrics, read, resume_here, run_main, snapshot, train_here,
                            training, untimed, watch_disk, write_data)
 
 @pytest.fixture(scope="module")
@@ -134,14 +134,14 @@ def test_the_bar_fits_the_terminal_and_tells_loss_speed_and_time_left(columns, d
     ours, theirs = pty.openpty()
     termios.tcsetwinsize(theirs, (24, columns))
     command = [ROOT / "train.py", *RUN, f"--data_dir={data}", "--max_steps=200"]
-    with open(theirs, "wb") as terminal:
-        process = start(command, Path.cwd(), {**os.environ}, (), [terminal] * 3)
     text = b""
-    while process.poll() is None or select.select([ours], [], [], 0)[0]:
-        if select.select([ours], [], [], 0.1)[0]:
-            text += os.read(ours, 4096)
+    with Process(command, Path.cwd(), terminal=os.ttyname(theirs)) as process:
+        while process.alive or select.select([ours], [], [], 0)[0]:
+            if select.select([ours], [], [], 0.1)[0]:
+                text += os.read(ours, 4096)
+        assert process.wait() == 0
     os.close(ours)
-    assert process.poll() == 0
+    os.close(theirs)
     bars = [line for line in re.split(r"[\r\n]+", text.decode()) if "%|" in line]
     assert len(bars) > 3 and max(map(len, bars)) <= columns
     for word in ("█", "/200", "loss", "tok/s", "left", *("lr", "norm") * (columns == 120)):

@@ -1,5 +1,7 @@
 """sample.py: the prompt and what follows it, whole characters, the same text for the same seed."""
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import huggingface_hub
@@ -11,7 +13,7 @@ import model as M
 import sample
 import train
 from sample import Streamer
-from tests.harness import TINY, assert_refused, expect_end, read, run_main, run_script
+from tests.harness import ROOT, TINY, assert_refused, expect_end, read, run_main
 
 PROMPT = "ROMEO:"
 
@@ -52,9 +54,9 @@ def test_standard_output_is_the_prompt_and_the_text_and_nothing_else(trained, to
     expected = tokenizer.decode(ids + [t.item() for t in tokens])
     assert text(trained, PROMPT, *keys) == expected
     assert text(trained, "-", *keys, stdin=PROMPT.encode()) == expected
-    process = run_script("sample.py", f"--prompt={PROMPT}", f"--checkpoint={trained}", *keys)
-    assert process.code == 0 and process.out == expected + "\n"
-    assert "step_000004.pt" in process.err
+    command = [sys.executable, ROOT / "sample.py", f"--prompt={PROMPT}", f"--checkpoint={trained}"]
+    done = subprocess.run([*command, *keys], capture_output=True, check=True)
+    assert done.stdout.decode() == expected + "\n" and b"step_000004.pt" in done.stderr
     assert text(trained, "", "--max_new_tokens=9")  # an empty prompt begins a text
 
 

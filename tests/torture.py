@@ -26,7 +26,7 @@ import torch
 
 from tests.harness import (ROOT, RUN, Process, Result, descendants, differences, expect, expect_end,
                            flaw, flip, intact, is_saving, last_step, lost_bits, make_data, proc,
-                           resume_here, run_main, run_script, snapshot, train_here, training)
+                           resume_here, run_main, snapshot, train_here, training)
 
 import prepare  # harness has put the repository on the path
 import sample
@@ -450,7 +450,8 @@ def fuzz(folder, n, real=False):
         argv = [*words, *argv]
         if real:
             argv = [str(word).replace("\0", "") for word in argv]
-            done = run_script(f"{script.__name__}.py", *argv, limits=memory, HF_HUB_OFFLINE="1")
+            with Process([ROOT / f"{script.__name__}.py", *argv], Path.cwd(), memory) as p:
+                done = p.end(300)
         else:
             done = end_of(script, *argv, stdin=raw)
         if script is prepare and made.exists():
