@@ -11,8 +11,7 @@ from pathlib import Path
 import pytest
 
 pytest.register_assert_rewrite("tests.harness")
-from tests.harness import *  # noqa: E402, F403 (test_corpus.py takes them from here)
-from tests.harness import TINY, prepare, run_main, train  # noqa: E402
+from tests.harness import TINY, make_data, prepare, run_main, train, train_here  # noqa: E402
 
 
 def pytest_configure():
@@ -72,7 +71,23 @@ def real_tokenizer(real_data):
     return AutoTokenizer.from_pretrained(real_data / "tokenizer")
 
 
+@pytest.fixture(scope="session")
+def run_dir(data_dir, tmp_path_factory):
+    """The out_dir of a run of 12 steps on data_dir, with evaluations after 4, 8 and 12."""
+    out = tmp_path_factory.mktemp("run") / "out"
+    done = run_main(train.main, *TINY, f"--data_dir={data_dir}", f"--out_dir={out}",
+                    "--max_steps=12", "--eval_interval=4", "--checkpoint_interval=6",
+                    "--max_position_embeddings=8192")
+    assert done.code == 0, done.err
+    return out
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory):
+    return make_data(tmp_path_factory.mktemp("bytes") / "data")
+
+
 @pytest.fixture
-def run_train(data_dir):
-    """run_train(*argv): a tiny run of train.py in this process. Later keys win over TINY's."""
-    return lambda *argv: run_main(train.main, f"--data_dir={data_dir}", *TINY, *argv)
+def run(data):
+    """run(*argv): a RUN in out/, in this process; later keys win."""
+    return lambda *argv: train_here(data, "out", *argv)

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 import prepare
-from tests.harness import END, assert_refused, run_main
-from test_prepare import encode_whole, snapshot, stand_in, texts_of, write  # noqa: F401
+from tests.harness import END, refused, run_main, snapshot
+from test_prepare import encode_whole, stand_in, texts_of, write  # noqa: F401
 from tools import corpus
 
 WORDS = "The quick brown fox jumps over the lazy dog; it's 42 times, they said.".split()
@@ -53,8 +53,8 @@ def written(folder="data/corpus"):
 def test_documents_are_held_out_whole_and_none_moves_when_more_are_added(run):
     sides = {}
     for n in (100, 300):
-        code, out, _ = run("--input", jsonl("docs.jsonl", documents(n)))
-        assert code == 0 and "train.py config/smollm2.py --data_dir=data/corpus" in out
+        done = run("--input", jsonl("docs.jsonl", documents(n)))
+        assert done.code == 0 and "train.py config/smollm2.py --data_dir=data/corpus" in done.out
         found, meta = written(), prepare.open_data("data/corpus").meta
         assert sorted(found[0] + found[1]) == sorted(documents(n))
         assert 0.03 * n < len(found[1]) < 0.2 * n
@@ -80,7 +80,7 @@ def test_every_kind_of_file_is_read_and_each_file_counts_once(run):
     write("more/b.jsonl.gz", gzip.compress(Path(jsonl("b", texts[40:50])).read_bytes()))
     write("more/c.json", json.dumps([{"text": text, "n": 1} for text in texts[50:60]]))
     parquet("more/d.parquet", [*texts[60:], None])
-    assert run("--input", "notes", "more/", "--input", "odd/*", "notes/0.md")[0] == 0
+    assert run("--input", "notes", "more/", "--input", "odd/*", "notes/0.md").code == 0
     train, val = written()
     expected = [text + "\r\n\ttext" for text in texts[:10]] + texts[10:] + ["zipped " * 9]
     assert sorted(train + val) == sorted(expected)
@@ -91,7 +91,7 @@ def test_every_kind_of_file_is_read_and_each_file_counts_once(run):
 def test_every_reader_gives_the_same_and_hardly_anything_past_max_tokens_is_read(run, monkeypatch):
     texts, seen, taken = documents(200), [], []
     for path in (jsonl("docs.jsonl", texts, "body"), parquet("docs.parquet", texts, "body")):
-        assert run("--input", path, "--column", "body")[0] == 0
+        assert run("--input", path, "--column", "body").code == 0
         seen.append(written())
     assert seen[0] == seen[1]
 
@@ -100,7 +100,7 @@ def test_every_reader_gives_the_same_and_hardly_anything_past_max_tokens_is_read
             taken.append(text)
             yield {"text": text}
     monkeypatch.setattr(corpus, "open_stream", stream)
-    assert run("--dataset", "a/hub:name", "--max_tokens", 3000)[0] == 0
+    assert run("--dataset", "a/hub:name", "--max_tokens", 3000).code == 0
     meta, (train, val) = prepare.open_data("data/corpus").meta, written()
     tokens = meta["train_tokens"] + meta["val_tokens"]
     assert 2800 < tokens <= 3000 and meta["source"] == "a/hub:name, split train"
@@ -113,7 +113,7 @@ def test_a_document_larger_than_a_batch_is_encoded_as_in_one_piece(run, stand_in
     pattern = prepare.PIECES.pattern.replace("4096", "64")
     monkeypatch.setattr(prepare, "PIECES", re.compile(pattern, re.DOTALL))
     texts = [" ".join(documents(40)), *documents(60)[40:], "mentions <|endoftext|> in its text"]
-    assert run("--input", jsonl("docs.jsonl", texts))[0] == 0
+    assert run("--input", jsonl("docs.jsonl", texts)).code == 0
     ids = sorted([*encode_whole(stand_in, text), 0] for text in texts)
     data = prepare.open_data("data/corpus")
     joined = [*data.train.tolist(), *data.val.tolist()]
@@ -125,17 +125,16 @@ def test_a_lopsided_share_is_said_plainly(run):
     texts = documents(40)
     texts[:9] = [text * 300 for text in texts[:9]]
     for share, is_noted in (0.4, False), (0.05, True), (0.8, True):  # nothing held out; nearly all
-        code, _, err = run("--input", jsonl("docs.jsonl", texts), "--val_fraction", share)
-        assert code == 0 and ("of the tokens are held out" in err) == is_noted
+        done = run("--input", jsonl("docs.jsonl", texts), "--val_fraction", share)
+        assert done.code == 0 and ("of the tokens are held out" in done.err) == is_noted
 
 
 def test_characters_without_a_token_are_an_error_unless_allowed(run, real_data):
     argv = ["--input", jsonl("docs.jsonl", documents(40) + ["bad \x04"]),
             "--tokenizer", real_data / "tokenizer"]
-    code, _, err = run(*argv)
-    assert code == 1 and all(word in err for word in ("record 41 of docs.jsonl", "U+0004"))
-    code, _, err = run(*argv, "--allow_unrepresentable")
-    assert code == 0 and "U+" in err
+    refused(run(*argv), "record 41 of docs.jsonl", "U+0004", code=1)
+    done = run(*argv, "--allow_unrepresentable")
+    assert done.code == 0 and "U+" in done.err
 
 
 @pytest.mark.parametrize("argv, code, word", [
@@ -167,5 +166,5 @@ def test_every_mistake_gets_its_line_and_leaves_everything_as_it_was(
     if "some/thing" in argv:
         monkeypatch.setitem(sys.modules, "datasets", None)
     before = snapshot()
-    assert_refused(run(*argv.split()), "tools.corpus", word, code=code)
+    refused(run(*argv.split()), word, code=code)
     assert snapshot() == before

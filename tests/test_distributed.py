@@ -7,7 +7,7 @@ import pytest
 
 import train
 from tests.harness import (ROOT, RUN, Process, descendants, differences, expect, free_port, intact,
-                           last_step, lost_bits, make_data, metrics, proc, train_here)
+                           last_step, lost_bits, metrics, proc, train_here)
 
 STEPS = 40
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
@@ -42,11 +42,6 @@ def run_two(folder, argv):
         for p in both:
             expect(p.wait() == 0, *(p.text for p in both))
         return [p.text for p in both]
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return make_data(tmp_path_factory.mktemp("distributed") / "data")
 
 
 @pytest.fixture(scope="module")

@@ -21,7 +21,7 @@ import pytest
 from filelock import FileLock
 
 import prepare
-from tests.harness import (ROOT, Process, assert_refused, expect_end, flip, run_main, seal,
+from tests.harness import (ROOT, Process, edit_meta, expect_end, flip, refused, run_main, snapshot,
                            watch_disk)
 
 PROSE = "The quick brown fox jumps over the lazy dog; it's 42 times, they said.\n" * 40
@@ -76,21 +76,6 @@ def encode_whole(folder, text):
     return backend.encode(text, add_special_tokens=False).ids
 
 
-def snapshot(folder="."):
-    """Every file and folder, with what the files hold."""
-    return {str(path): path.is_file() and path.read_bytes() for path in Path(folder).rglob("*")}
-
-
-def edit_meta(**changes):
-    """Changes meta.json as someone would who knows how it is sealed."""
-    meta = Path("data/shakespeare/meta.json")
-    meta.write_text(seal(json.loads(meta.read_text()) | changes))
-
-
-def refused(result, *words, code=1):
-    assert_refused(result, "prepare.py", *words, code=code)
-
-
 def test_the_real_text_has_the_golden_ids_and_is_cut_where_nanogpt_cuts_it(
         real_data, data_dir, tokenizer):
     data, text = prepare.open_data(data_dir), (real_data / "input.txt").read_text()
@@ -116,8 +101,8 @@ def test_default_takes_text_from_its_address_and_tokenizer_from_the_cache(
     shutil.copytree(real_data / "tokenizer", model / "snapshots" / revision)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(Path("hub").absolute()))
     monkeypatch.setattr(urllib.request, "urlopen", lambda url, timeout: io.BytesIO(content))
-    code, out, err = run_main(prepare.main)
-    assert code == 0 and "STAND-IN" not in err and "305,111" in out
+    done = run_main(prepare.main)
+    assert done.code == 0 and "STAND-IN" not in done.err and "305,111" in done.out
     fingerprint = prepare.open_data(data_dir).fingerprint()
     assert prepare.open_data("data/shakespeare").fingerprint() == fingerprint
 
@@ -179,10 +164,11 @@ def test_characters_without_a_token_are_an_error_unless_allowed(run, stand_in):
     write("poor/tokenizer.json", json.dumps(spec))
     write("text.txt", PROSE + "\x04" + PROSE * 9 + "\x06\x06\u0104")  # the last one is C4 84
     argv = ["--input", "text.txt", "--tokenizer", "poor"]
-    refused(run(*argv), "text.txt", "U+0004", "2,840", "--allow_unrepresentable")
+    refused(run(*argv), "text.txt", "U+0004", "2,840", "--allow_unrepresentable", code=1)
     assert not Path("data/shakespeare").exists()
-    code, _, err = run(*argv, "--allow_unrepresentable")
-    assert code == 0 and "U+0004" in err and "".join(texts_of()) == PROSE * 10 + "\u0104"
+    done = run(*argv, "--allow_unrepresentable")
+    assert done.code == 0 and "U+0004" in done.err
+    assert "".join(texts_of()) == PROSE * 10 + "\u0104"
 
 
 @pytest.mark.slow
@@ -191,9 +177,10 @@ def test_without_a_network_the_stand_in_is_made_announced_and_the_same_each_time
     how = {"HF_HUB_OFFLINE": "0", "HF_HOME": "none", "NO_PROXY": "", "no_proxy": "",
            "HTTPS_PROXY": nowhere, "https_proxy": nowhere}
     with Process([ROOT / "prepare.py", "--out_dir=a"], Path.cwd(), **how) as process:
-        code, _, err = process.end(300)
+        expect_end(process.end(300))
+        assert "STAND-IN" in process.text
     meta, tokenizer = prepare.open_data("a").meta, prepare.load_tokenizer("a/tokenizer")
-    assert code == 0 and "STAND-IN" in err and meta["stand_in"] == "text and tokenizer"
+    assert meta["stand_in"] == "text and tokenizer"
     assert "".join(texts_of("a")) == prepare.stand_in_text()
     made = Path("a/tokenizer/tokenizer.json").read_bytes()
     assert made == (stand_in / "tokenizer.json").read_bytes()
@@ -205,8 +192,8 @@ def test_without_a_network_the_stand_in_is_made_announced_and_the_same_each_time
 def test_an_error_page_is_no_data_and_a_stand_in_never_replaces_real_data(run, monkeypatch):
     page = b"<html>404</html>"
     monkeypatch.setattr(urllib.request, "urlopen", lambda url, timeout: io.BytesIO(page))
-    code, _, err = run()
-    assert code == 0 and "STAND-IN" in err and "html" not in texts_of()[0][:100]
+    done = run()
+    assert done.code == 0 and "STAND-IN" in done.err and "html" not in texts_of()[0][:100]
     assert prepare.open_data("data/shakespeare").meta["stand_in"] == "text"
     assert run("--input", write("text.txt", PROSE)).code == 0 and "".join(texts_of()) == PROSE
     before = snapshot("data")
@@ -218,7 +205,7 @@ def test_an_error_page_is_no_data_and_a_stand_in_never_replaces_real_data(run, m
     ("val.bin", lambda p: flip(p, -1), "val_sha256"),
     ("tokenizer/tokenizer.json", lambda p: write(p, "{}"), "tokenizer_sha256"),
     ("meta.json", lambda p: write(p, Path(p).read_text().replace("0.1", "0.2")), "changed"),
-    ("meta.json", lambda p: edit_meta(vocab_size=5), "vocab_size 5"),
+    ("meta.json", lambda p: edit_meta(Path(p).parent, vocab_size=5), "vocab_size 5"),
 ])
 def test_damage_is_told_in_one_line(prepared, file, damage, word):
     prepare.open_data("data/shakespeare")
@@ -313,9 +300,9 @@ def test_paths_mean_what_they_mean_in_a_shell(run, monkeypatch, tmp_path):
     write("a b/it's [1].txt", PROSE)
     Path("link").symlink_to("real folder")
     for out_dir in ("~/x y/", "./x y/../x y", "link", "~/link/"):
-        code, out, _ = run("--input=~/a b/it's [1].txt", f"--out_dir={out_dir}")
-        folder = shlex.split(out.splitlines()[-1])[-1].removeprefix("--data_dir=")
-        assert code == 0 and prepare.open_data(folder).meta["source"] == "it's [1].txt"
+        done = run("--input=~/a b/it's [1].txt", f"--out_dir={out_dir}")
+        folder = shlex.split(done.out.splitlines()[-1])[-1].removeprefix("--data_dir=")
+        assert done.code == 0 and prepare.open_data(folder).meta["source"] == "it's [1].txt"
     assert Path("link").is_symlink()
     assert sorted(os.listdir()) == ["a b", "link", "real folder", "x y"]
 
@@ -340,7 +327,7 @@ def test_a_full_disk_costs_one_line_and_no_data(prepared, stand_in, size):
 def test_a_second_one_on_the_same_folder_is_refused(run):
     Path("data").mkdir()
     with FileLock("data/.shakespeare.lock"):
-        refused(run("--input", write("good.txt", PROSE)), "another process")
+        refused(run("--input", write("good.txt", PROSE)), "another process", code=1)
         assert os.listdir("data") == [".shakespeare.lock"]
     assert run("--input", "good.txt").code == 0 and os.listdir("data") == ["shakespeare"]
 

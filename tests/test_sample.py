@@ -13,18 +13,9 @@ import model as M
 import sample
 import train
 from sample import Streamer
-from tests.harness import ROOT, TINY, assert_refused, expect_end, read, run_main
+from tests.harness import ROOT, expect_end, read, refused, run_main
 
 PROMPT = "ROMEO:"
-
-
-@pytest.fixture(scope="module")
-def trained(data_dir, tmp_path_factory):
-    """The out_dir of a short run, with checkpoints after 2 and 4 steps."""
-    out = tmp_path_factory.mktemp("trained") / "out"
-    assert run_main(train.main, f"--data_dir={data_dir}", *TINY, "--max_steps=4",
-                    "--checkpoint_interval=2", f"--out_dir={out}").code == 0
-    return out
 
 
 def run_sample(*argv, checkpoint="out", stdin=b""):
@@ -38,26 +29,22 @@ def text(checkpoint, prompt, *argv, **how):
     return result.out[:-1]
 
 
-def refused(result, *words, code=1):
-    assert_refused(result, "sample.py", *words, code=code)
-
-
-def test_standard_output_is_the_prompt_and_the_text_and_nothing_else(trained, tokenizer):
+def test_standard_output_is_the_prompt_and_the_text_and_nothing_else(run_dir, tokenizer):
     """The text is that of the same tokens drawn by hand from the checkpoint's weights."""
     keys = ["--max_new_tokens=30", "--seed=5", "--dtype=float32"]
-    state = read(trained / "step_000004.pt")
+    state = read(run_dir / "step_000012.pt")
     model = M.SmolLM2(train.TrainConfig(**state["config"]))
     model.load_state_dict(state["model"])
     ids = tokenizer.encode(PROMPT)
     tokens = M.generate(model, torch.tensor([ids]), 30, temperature=0.8, top_k=50,
                         generator=torch.Generator().manual_seed(5))
     expected = tokenizer.decode(ids + [t.item() for t in tokens])
-    assert text(trained, PROMPT, *keys) == expected
-    assert text(trained, "-", *keys, stdin=PROMPT.encode()) == expected
-    command = [sys.executable, ROOT / "sample.py", f"--prompt={PROMPT}", f"--checkpoint={trained}"]
+    assert text(run_dir, PROMPT, *keys) == expected
+    assert text(run_dir, "-", *keys, stdin=PROMPT.encode()) == expected
+    command = [sys.executable, ROOT / "sample.py", f"--prompt={PROMPT}", f"--checkpoint={run_dir}"]
     done = subprocess.run([*command, *keys], capture_output=True, check=True)
-    assert done.stdout.decode() == expected + "\n" and b"step_000004.pt" in done.stderr
-    assert text(trained, "", "--max_new_tokens=9")  # an empty prompt begins a text
+    assert done.stdout.decode() == expected + "\n" and b"step_000012.pt" in done.stderr
+    assert text(run_dir, "", "--max_new_tokens=9")  # an empty prompt begins a text
 
 
 def test_a_folder_in_hugging_faces_format_gives_the_greedy_tokens_of_transformers(tokenizer):
@@ -66,8 +53,8 @@ def test_a_folder_in_hugging_faces_format_gives_the_greedy_tokens_of_transformer
         vocab_size=len(tokenizer), hidden_size=48, intermediate_size=96, num_hidden_layers=3,
         num_attention_heads=6, num_key_value_heads=2, max_position_embeddings=128,
         tie_word_embeddings=True, initializer_range=0.3))
-    theirs.save_pretrained("hf")
-    tokenizer.save_pretrained("hf")
+    theirs.save_prerun_dir("hf")
+    tokenizer.save_prerun_dir("hf")
     ids = torch.tensor([tokenizer.encode(PROMPT)])
     with torch.no_grad():
         for _ in range(60):
@@ -77,25 +64,25 @@ def test_a_folder_in_hugging_faces_format_gives_the_greedy_tokens_of_transformer
     assert len(ids[0].unique()) > 20  # it does not repeat itself
 
 
-def test_several_samples_are_several_texts(trained):
-    _, *texts = text(trained, "And", "--num_samples=3", "--max_new_tokens=20").split("--- ")
+def test_several_samples_are_several_texts(run_dir):
+    _, *texts = text(run_dir, "And", "--num_samples=3", "--max_new_tokens=20").split("--- ")
     assert len(texts) == len({t[2:].strip() for t in texts}) == 3  # each after its number
 
 
-def test_stop_ends_before_the_text(trained):
-    whole = text(trained, "And", "--max_new_tokens=30")
+def test_stop_ends_before_the_text(run_dir):
+    whole = text(run_dir, "And", "--max_new_tokens=30")
     middle = len(whole) // 2
     stop = whole[middle:middle + 6]  # a text that comes, cut anywhere in its tokens
     keys = ["--max_new_tokens=30", f"--stop={stop}", "--stop=not in it"]
-    assert text(trained, "And", *keys) == whole[:whole.index(stop, 3)]
+    assert text(run_dir, "And", *keys) == whole[:whole.index(stop, 3)]
 
 
 @pytest.mark.parametrize("num_samples, out", [(1, "A word"), (2, "--- 1\nA word\n--- 2\nA word")])
-def test_it_ends_at_endoftext(num_samples, out, trained, tokenizer, monkeypatch):
+def test_it_ends_at_endoftext(num_samples, out, run_dir, tokenizer, monkeypatch):
     made = [*tokenizer.encode(" word"), tokenizer.eos_token_id, *tokenizer.encode(" beyond")]
     tokens = (torch.tensor([i] * num_samples) for i in made)
     monkeypatch.setattr(M, "generate", lambda *args, **kwargs: tokens)
-    assert text(trained, "A", f"--num_samples={num_samples}", "--max_new_tokens=9") == out
+    assert text(run_dir, "A", f"--num_samples={num_samples}", "--max_new_tokens=9") == out
     assert next(tokens)[0] == made[-1]  # nothing was made after the end
 
 
@@ -141,16 +128,17 @@ def test_a_stop_text_over_several_tokens_is_never_shown_not_even_its_beginning(
     assert all(shown.startswith("".join(pieces[:n])) for n in range(len(pieces)))
 
 
-def test_the_newest_checkpoint_of_out_is_the_default_and_best_the_best(trained):
-    shutil.copytree(trained, "out")
-    state = {**read("out/step_000004.pt"), "best": {"step": 2, "val_loss": 5.0}}
-    train.write_checkpoint(Path("out/step_000004.pt"), state)
-    for checkpoint, step in (("out", 4), ("out/step_000002.pt", 2), ("best", 2), ("out/best", 2)):
+def test_the_newest_checkpoint_of_out_is_the_default_and_best_the_best(run_dir):
+    shutil.copytree(run_dir, "out")
+    older, newest = train.checkpoints("out")[-2:]
+    best = {"step": train.step_of(older), "val_loss": 5.0}
+    train.write_checkpoint(newest, {**read(newest), "best": best})
+    for checkpoint, file in (("out", newest), (older, older), ("best", older), ("out/best", older)):
         result = run_sample("--max_new_tokens=1", checkpoint=checkpoint)
-        assert f"step_00000{step}.pt: step {step}" in result.err
-        assert ("--checkpoint out/best" in result.err) == (step == 4)  # a hint
-    Path("out/step_000002.pt").unlink()
-    refused(run_sample(checkpoint="best"), "out/step_000002.pt")
+        assert f"{file}: step {train.step_of(file)}" in result.err
+        assert ("--checkpoint out/best" in result.err) == (file == newest)  # a hint
+    older.unlink()
+    refused(run_sample(checkpoint="best"), older, code=1)
 
 
 BAD = ["--temperature=-1", "--temperature=nan", "--temperature=hot", "--top_k=1.5", "--top_p=1.1",
@@ -160,12 +148,12 @@ BAD = ["--temperature=-1", "--temperature=nan", "--temperature=hot", "--top_k=1.
 
 @pytest.mark.parametrize("word", BAD, ids=ascii)
 def test_bad_values_are_one_line_and_exit_2(word):
-    refused(run_sample(word, stdin=b"caf\xe9"), word.partition("=")[0], code=2)
+    refused(run_sample(word, stdin=b"caf\xe9"), word.partition("=")[0])
 
 
-def test_more_tokens_than_the_model_has_positions_are_a_clear_error(trained):
-    result = run_sample("--prompt=And so", "--max_new_tokens=256", checkpoint=trained)
-    expect_end(result, [1], "256", "positions")
+def test_more_tokens_than_the_model_has_positions_are_a_clear_error(run_dir):
+    result = run_sample("--prompt=And so", "--max_new_tokens=8192", checkpoint=run_dir)
+    expect_end(result, [1], "8192", "positions")
     assert result.out == ""
 
 
@@ -174,7 +162,7 @@ def test_what_is_no_checkpoint_is_refused_and_no_hub_is_asked(monkeypatch):
         pytest.fail(f"the hub was asked: {args}")
     monkeypatch.setattr(huggingface_hub, "snapshot_download", ask)
     for typed in ("out", "best", "/no/such", "wdata", "./wdata", "none/step_000001.pt"):
-        refused(run_sample(checkpoint=typed), "python train.py config/smollm2.py")
+        refused(run_sample(checkpoint=typed), "python train.py config/smollm2.py", code=1)
     Path("text.pt").write_text("not a checkpoint")
     result = run_sample(checkpoint="text.pt")
     expect_end(result, [1], "text.pt")

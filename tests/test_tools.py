@@ -17,8 +17,8 @@ import torch
 import sample
 import train
 from model import SmolLM2Config
-from tests.harness import (ROOT, TINY, Process, assert_refused, expect_end, free_port, metrics,
-                           run_main, snapshot)
+from tests.harness import (ROOT, TINY, Process, expect_end, free_port, metrics, refused, run_main,
+                           snapshot)
 from tools import bench, demo, export, plot, space, tensorboard
 
 HARD_TEXTS = [
@@ -33,17 +33,6 @@ CHROMIUM = next(filter(None, map(shutil.which, BROWSERS)), None)
 def needs(package):
     return pytest.mark.skipif(not importlib.util.find_spec(package),
                               reason=f"{package} is missing: pip install -r tools/requirements.txt")
-
-
-@pytest.fixture(scope="module")
-def run_dir(data_dir, tmp_path_factory):
-    """The out_dir of a short run with evaluations."""
-    out = tmp_path_factory.mktemp("run") / "out"
-    done = run_main(train.main, *TINY, f"--data_dir={data_dir}", f"--out_dir={out}",
-                    "--max_steps=12", "--eval_interval=4", "--checkpoint_interval=6",
-                    "--max_position_embeddings=8192")
-    assert done.code == 0, done.err
-    return out
 
 
 @pytest.fixture(scope="module")
@@ -161,13 +150,13 @@ def test_a_card_without_its_data_or_metrics(run_dir, monkeypatch):
 def test_export_replaces_nothing_unasked(run_dir):
     os.mkdir("mine")
     Path("mine/precious").touch()
-    assert_refused(run_main(export.main, run_dir, "mine"), "tools.export", "mine is not empty")
+    refused(run_main(export.main, run_dir, "mine"), "mine is not empty")
     assert os.listdir("mine") == ["precious"]
     assert run_main(export.main, run_dir, "mine", "--overwrite").code == 0
     assert os.path.exists("mine/precious")
     weights, config = (os.stat(f"mine/{name}") for name in ("model.safetensors", "config.json"))
     assert weights.st_mode == config.st_mode
-    assert_refused(run_main(export.main, "mine", "x"), "tools.export", "mine", code=1)
+    refused(run_main(export.main, "mine", "x"), "mine", code=1)
     assert os.listdir() == ["mine"]  # nothing half written is left
 
 
@@ -264,7 +253,7 @@ def test_what_one_types_wrong_is_one_line(tool, argv, code, told):
         Path(name, "metrics.jsonl").write_bytes(content)
     Path("file").touch()
     done = run_main(tool.main, *argv)
-    assert_refused(done, tool.__name__, told, code=code)
+    refused(done, told, code=code)
     assert not done.out and not os.path.exists("x")
 
 
@@ -272,7 +261,7 @@ def test_what_one_types_wrong_is_one_line(tool, argv, code, told):
 def test_a_missing_package_is_one_line(tool, package, run_dir, monkeypatch):
     monkeypatch.setitem(sys.modules, package, None)
     done = run_main(tool.main, *[run_dir] * (tool is plot))
-    assert_refused(done, tool.__name__, package, "tools/requirements.txt", code=1)
+    refused(done, package, "tools/requirements.txt", code=1)
 
 
 @pytest.mark.slow
@@ -331,7 +320,7 @@ def test_a_space_is_a_new_folder_and_tells_nothing_of_this_machine(run_dir):
     before = snapshot("sp ace")
     for argv, word in [(("sp ace", run_dir), "sp ace"), (("new", "no/run/x"), "no/run/x"),
                        (("new", run_dir, run_dir), "name of its own"), (("new",), "checkpoint")]:
-        assert_refused(run_main(space.main, *argv), "tools.space", word, code=2)
+        refused(run_main(space.main, *argv), word)
     assert snapshot("sp ace") == before and os.listdir() == ["sp ace"]
 
 

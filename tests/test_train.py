@@ -17,7 +17,7 @@ import prepare
 import train
 from model import SmolLM2
 from prepare import Data
-from tests.harness import (ROOT, TINY, assert_refused, differences, metrics, read, run_main, seal,
+from tests.harness import (ROOT, TINY, differences, edit_meta, metrics, read, refused, run_main,
                            write_data)
 from tools.export import save_pretrained
 from train import Machine, Run, TrainConfig, epoch_order, get_batch, lr_factor
@@ -40,10 +40,6 @@ def new_run(data=None, machine=CPU, **changes):
     torch.manual_seed(0)
     config = replace(CONFIG, **changes)
     return Run(config, SmolLM2(config), data, machine)
-
-
-def refused(result, *words, code=2):
-    assert_refused(result, "train.py", *words, code=code)
 
 
 def steps_left(out="out"):
@@ -166,9 +162,9 @@ def test_batches_are_consecutive_tokens_in_the_order_of_the_epochs_shared_by_all
     assert torch.equal(random_state, torch.get_rng_state())  # they depend on the seed alone
 
 
-def test_a_run_writes_its_metrics_its_samples_and_a_whole_checkpoint(run_train, data_dir):
-    result = run_train("--max_steps=6", "--eval_interval=3", "--sample_interval=2",
-                       "--checkpoint_interval=4", "--dtype=float32")
+def test_a_run_writes_its_metrics_its_samples_and_a_whole_checkpoint(run, data):
+    result = run("--max_steps=6", "--eval_interval=3", "--sample_interval=2",
+                 "--checkpoint_interval=4")
     assert result.code == 0 and result.err == ""
     lines = metrics("out")
     assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
@@ -183,11 +179,11 @@ def test_a_run_writes_its_metrics_its_samples_and_a_whole_checkpoint(run_train, 
     state = train.read_checkpoint(Path("out/step_000006.pt"))
     facts = json.loads(Path("out/run.json").read_text())
     assert state["step"] == 6 and facts["config"] == state["config"]
-    meta = prepare.open_data(data_dir).meta
+    meta = prepare.open_data(data).meta
     bits = loss / math.log(2) * meta["val_tokens"] / meta["val_bytes"]
-    for shown in ("cpu", "float32", data_dir, "1,591,456", f"{loss:.4f}", f"{bits:.4f}",
-                  f"{math.exp(loss):.2f}", f"{lines[3]['loss']:.4f}", samples[0].read_text(),
-                  'python sample.py --prompt "ROMEO:"'):
+    for shown in ("cpu", "float32", data, "84,128 parameters", f"{loss:.4f}", f"{bits:.4f}",
+                  f"{math.exp(loss):.2f}", f"{lines[3]['loss']:.4f}",
+                  samples[0].read_bytes().decode(), 'python sample.py --prompt "ROMEO:"'):
         assert str(shown) in result.out
 
 
@@ -212,11 +208,12 @@ def test_micro_batches_change_memory_and_not_the_run(tiny):
     assert first["lr"] == 1e-2 / 4 and first["tokens"] == 64
 
 
-def test_evaluation_and_samples_do_not_touch_the_training(run_train):
+def test_evaluation_and_samples_do_not_touch_the_training(run):
     """They draw from no generator that training draws from, and take none of its batches."""
-    plain = run_train("--max_steps=5", "--out_dir=plain", "--log_interval=0")
-    assert run_train("--max_steps=5", "--out_dir=more", "--eval_interval=2", "--sample_interval=2",
-                     "--checkpoint_interval=3").code == 0
+    plain = run("--max_steps=5", "--out_dir=plain", "--log_interval=0", "--eval_interval=0",
+                "--checkpoint_interval=0")
+    assert run("--max_steps=5", "--out_dir=more", "--eval_interval=2", "--sample_interval=2",
+               "--checkpoint_interval=3").code == 0
     a, b = read("plain/step_000005.pt"), read("more/step_000005.pt")
     for key in ("model", "optimizer", "rng"):
         assert not differences(a[key], b[key])
@@ -370,8 +367,7 @@ def test_data_and_weights_that_do_not_fit_are_refused(tiny):
 
 
 def test_stand_in_data_are_announced_in_the_banner_and_beside_every_held_out_loss(tiny):
-    meta = json.loads(Path("d/meta.json").read_text())
-    Path("d/meta.json").write_text(seal(meta | {"stand_in": "a text that stands in"}))
+    edit_meta("d", stand_in="a text that stands in")
     result = tiny("--max_steps=2", "--eval_interval=1")
     assert "STAND-IN a text that stands in" in result.out
     assert result.out.count("on STAND-IN data") == 2
