@@ -4,6 +4,7 @@ import json
 import random
 import re
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -18,14 +19,9 @@ WORDS = "The quick brown fox jumps over the lazy dog; it's 42 times, they said."
 
 @pytest.fixture
 def run(stand_in):
-    """run(*argv): the command in this process, by default with the stand-in tokenizer."""
+    """run(*argv): the command in this process, with the stand-in tokenizer; later options win."""
     pytest.importorskip("datasets", reason="pip install -r tools/requirements.txt")
-
-    def run(*argv):
-        if "--tokenizer" not in argv:
-            argv = (*argv, "--tokenizer", stand_in)
-        return run_main(corpus.main, *argv)
-    return run
+    return partial(run_main, corpus.main, "--tokenizer", stand_in)
 
 
 def documents(n):

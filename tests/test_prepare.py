@@ -1,6 +1,5 @@
 """What prepare.py promises."""
 import ast
-import functools
 import hashlib
 import io
 import itertools
@@ -15,6 +14,7 @@ import signal
 import subprocess
 import sys
 import urllib.request
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -38,14 +38,9 @@ def stand_in(tmp_path_factory):
 
 @pytest.fixture
 def run(stand_in, monkeypatch):
-    """run(*argv): prepare.py in this process, with the stand-in tokenizer unless argv has one."""
+    """run(*argv): prepare.py in this process, with the stand-in tokenizer; later options win."""
     monkeypatch.setattr(prepare.time, "sleep", lambda seconds: None)
-
-    def run(*argv):
-        if not any(str(word).startswith("--tokenizer") for word in argv):
-            argv = (*argv, "--tokenizer", stand_in)
-        return run_main(prepare.main, *argv)
-    return run
+    return partial(run_main, prepare.main, "--tokenizer", stand_in)
 
 
 @pytest.fixture
@@ -365,7 +360,7 @@ def test_killed_at_any_instant_it_leaves_the_old_data_or_the_new(
     pid = os.fork()
     if not pid:
         calls, real = itertools.count(1), getattr(module, name)
-        kill = functools.partial(os.kill, os.getpid(), signal.SIGKILL)
+        kill = partial(os.kill, os.getpid(), signal.SIGKILL)
         setattr(module, name, lambda *args: kill() if next(calls) == call else real(*args))
         signal.alarm(60)
         try:
