@@ -85,13 +85,13 @@ class Process:
     """python COMMAND in cwd and in a process group of its own, its output in the file `log`.
 
     Used with `with`, nothing of it outlives the block. limits: arguments of resource.setrlimit.
-    terminal: what it has as its standard streams, if anything."""
+    stream: the path of what it has as all three standard streams instead, as a terminal."""
 
-    def __init__(self, command, cwd, limits=(), terminal=None, **env):
+    def __init__(self, command, cwd, limits=(), stream=None, **env):
         cwd.mkdir(parents=True, exist_ok=True)
         handle, self.log = tempfile.mkstemp(dir=cwd, suffix=".log")
         os.close(handle)
-        streams = [terminal] * 3 if terminal else [os.devnull, self.log, self.log]
+        streams = [stream] * 3 if stream else [os.devnull, self.log, self.log]
         env = {**os.environ, "HF_HUB_OFFLINE": "1", **env}
         request = [[*map(str, command)], str(cwd), env, limits, streams]
         print(json.dumps(request), file=zygote().stdin, flush=True)
@@ -193,7 +193,7 @@ def zygote():
 
 
 def serve():
-    """Forks a process for each request, a line of standard input; returns it there, and only there.
+    """Forks a process for each request, a line of standard input.
 
     Nothing may use torch before: its threads, once started, do not live on in a fork."""
     import torch._dynamo  # noqa: F401
@@ -201,24 +201,20 @@ def serve():
 
     import sample  # noqa: F401
     gc.freeze()  # or every child would copy all pages when it collects
-    while True:
-        request = sys.stdin.readline()
-        if not request:  # the tests have ended
-            os._exit(0)
+    for request in sys.stdin:  # until the tests have ended
         if os.fork() == 0:
-            break
+            between = os.getpid()
+            if os.fork():
+                os._exit(0)
+            while os.getppid() == between:  # until it is a child of the tests
+                time.sleep(0.0002)
+            ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: it ends with them
+            become(*json.loads(request))
         os.wait()
-    between = os.getpid()
-    if os.fork():
-        os._exit(0)
-    while os.getppid() == between:  # until it is a child of the tests
-        time.sleep(0.0002)
-    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: it ends with them
-    return json.loads(request)
 
 
 def become(words, cwd, env, limits, streams):
-    """Makes this process one in which Python has just started, and runs these words."""
+    """Makes this process one in which Python has just started, runs these words and ends."""
     os.setsid()
     signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in a shell's background,
     signal.signal(signal.SIGHUP, signal.SIG_DFL)  # or by nohup
@@ -308,7 +304,6 @@ def make_tokenizer(folder):
 
 def make_data(folder, start=0):
     """60,000 characters of Python's reference, from `start` on, in make_tokenizer's tokens."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
     tokenizer, text = folder.parent / "bytes", folder.parent / f"{folder.name}.txt"
     if not tokenizer.exists():
         make_tokenizer(tokenizer)
@@ -349,17 +344,14 @@ def snapshot(folder="."):
 
 def watch_disk(monkeypatch):
     """A list that gets the name of each file and folder flushed, and (old, new) of each renamed."""
-    events, fsync = [], os.fsync
+    events = []
 
-    def fsync_seen(handle):
-        events.append(Path(os.readlink(f"/proc/self/fd/{handle}")).name)
-        fsync(handle)
-    monkeypatch.setattr(os, "fsync", fsync_seen)
+    def watch(name, event_of):
+        real = getattr(os, name)
+        monkeypatch.setattr(os, name, lambda *args: events.append(event_of(*args)) or real(*args))
+    watch("fsync", lambda handle: Path(os.readlink(f"/proc/self/fd/{handle}")).name)
     for name in ("rename", "replace"):
-        def rename_seen(old, new, real=getattr(os, name)):
-            events.append((Path(old).name, Path(new).name))
-            real(old, new)
-        monkeypatch.setattr(os, name, rename_seen)
+        watch(name, lambda old, new: (Path(old).name, Path(new).name))
     return events
 
 
@@ -415,7 +407,7 @@ def intact(out):
 
 
 def is_saving(out):
-    return out.is_dir() and any(name.endswith(".tmp") for name in os.listdir(out))
+    return Path(out, "checkpoint.tmp").exists()
 
 
 def content(out):
@@ -444,4 +436,4 @@ def lost_bits(wanted, out):
 
 if __name__ == "__main__":  # the zygote
     sys.path[0] = str(ROOT)
-    become(*serve())
+    serve()

@@ -51,7 +51,7 @@ def finished(eight_steps, tmp_path):
 
 
 def at(step, in_a_save=False):
-    return lambda: last_step("out") >= step and is_saving(Path("out")) >= in_a_save
+    return lambda: last_step("out") >= step and is_saving("out") >= in_a_save
 
 
 # All that could shift a run: evaluation, samples, micro-batches, the best checkpoint, epochs.
@@ -112,7 +112,7 @@ def test_the_bar_fits_the_terminal_and_tells_loss_speed_and_time_left(columns, d
     termios.tcsetwinsize(theirs, (24, columns))
     command = [ROOT / "train.py", *RUN, f"--data_dir={data}", "--max_steps=200"]
     text = b""
-    with Process(command, Path.cwd(), terminal=os.ttyname(theirs)) as process:
+    with Process(command, Path.cwd(), stream=os.ttyname(theirs)) as process:
         while process.alive or select.select([ours], [], [], 0)[0]:
             if select.select([ours], [], [], 0.1)[0]:
                 text += os.read(ours, 4096)
