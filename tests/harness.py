@@ -376,10 +376,6 @@ def last_step(out):
     return 0
 
 
-def read(path):
-    return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-
-
 def flat(value, name=""):
     """A checkpoint's content, or a part of it, as {name: bytes}."""
     if isinstance(value, torch.Tensor):

@@ -23,7 +23,7 @@ import prepare
 import sample
 import train
 from tests.harness import (ROOT, RUN, Process, differences, expect_end, is_saving, last_step,
-                           lost_bits, make_tokenizer, metrics, read, refused, resume_here, run_main,
+                           lost_bits, make_tokenizer, metrics, refused, resume_here, run_main,
                            snapshot, train_here, training, untimed, watch_disk, write_data)
 
 
@@ -197,7 +197,7 @@ def test_control_a_resume_with_a_part_of_its_state_lost_is_seen(lose, run, short
     lose(state)
     train.write_checkpoint(Path("out/step_000004.pt"), state)
     assert is_same_run(resume_here("out", "--max_steps=8"))  # it cannot know
-    weights = [read(f"{out}/step_000008.pt")["model"] for out in ("whole", "out")]
+    weights = [train.read_checkpoint(f"{out}/step_000008.pt")["model"] for out in ("whole", "out")]
     assert differences(*weights) and untimed("whole")[4:] != untimed("out")[4:]
 
 
@@ -273,7 +273,7 @@ def test_a_finished_run_stays_as_it_is(finished, run):
 
 def test_a_longer_run_keeps_the_learning_rate_horizon_and_other_intervals_are_no_change(
         finished, eight_steps):
-    state = read(finished / "step_000008.pt")
+    state = train.read_checkpoint(finished / "step_000008.pt")
     del state["config"]["grad_clip"]  # as if train.py had it only since then
     train.write_checkpoint(finished / "step_000008.pt", state)
     keys = ["--max_steps=12", "--eval_interval=6", "--keep_checkpoints=1"]
@@ -292,7 +292,7 @@ def test_a_run_goes_on_in_fp16_and_out_of_it_again(finished):
 
 
 def test_other_data_are_refused_unless_named(finished, data):
-    state = read(finished / "step_000008.pt")
+    state = train.read_checkpoint(finished / "step_000008.pt")
     state["data"]["train"] = "0" * 16
     train.write_checkpoint(finished / "step_000008.pt", state)
     refused(resume_here("out", "--max_steps=9"), "not the data", "--data_dir", code=1)
@@ -302,8 +302,8 @@ def test_other_data_are_refused_unless_named(finished, data):
 
 @pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="Linux tells which file is flushed")
 def test_a_checkpoint_reaches_the_disk_before_its_name_and_the_name_after(finished, monkeypatch):
-    events = watch_disk(monkeypatch)
-    train.write_checkpoint(finished / "step_000009.pt", read(finished / "step_000008.pt"))
+    state, events = train.read_checkpoint(finished / "step_000008.pt"), watch_disk(monkeypatch)
+    train.write_checkpoint(finished / "step_000009.pt", state)
     assert events == ["checkpoint.tmp", ("checkpoint.tmp", "step_000009.pt"), "out"]
 
 

@@ -13,7 +13,7 @@ import model as M
 import sample
 import train
 from sample import Streamer
-from tests.harness import ROOT, expect_end, read, refused, run_main
+from tests.harness import ROOT, expect_end, refused, run_main
 
 PROMPT = "ROMEO:"
 
@@ -32,7 +32,7 @@ def text(checkpoint, prompt, *argv, **how):
 def test_standard_output_is_the_prompt_and_the_text_and_nothing_else(run_dir, tokenizer):
     """The text is that of the same tokens drawn by hand from the checkpoint's weights."""
     keys = ["--max_new_tokens=30", "--seed=5", "--dtype=float32"]
-    state = read(run_dir / "step_000012.pt")
+    state = train.read_checkpoint(run_dir / "step_000012.pt")
     model = M.SmolLM2(train.TrainConfig(**state["config"]))
     model.load_state_dict(state["model"])
     ids = tokenizer.encode(PROMPT)
@@ -132,7 +132,7 @@ def test_the_newest_checkpoint_of_out_is_the_default_and_best_the_best(run_dir):
     shutil.copytree(run_dir, "out")
     older, newest = train.checkpoints("out")[-2:]
     best = {"step": train.step_of(older), "val_loss": 5.0}
-    train.write_checkpoint(newest, {**read(newest), "best": best})
+    train.write_checkpoint(newest, {**train.read_checkpoint(newest), "best": best})
     for checkpoint, file in (("out", newest), (older, older), ("best", older), ("out/best", older)):
         result = run_sample("--max_new_tokens=1", checkpoint=checkpoint)
         assert f"{file}: step {train.step_of(file)}" in result.err

@@ -17,7 +17,7 @@ import prepare
 import train
 from model import SmolLM2
 from prepare import Data
-from tests.harness import (ROOT, TINY, differences, edit_meta, metrics, read, refused, run_main,
+from tests.harness import (ROOT, TINY, differences, edit_meta, metrics, refused, run_main,
                            write_data)
 from tools.export import save_pretrained
 from train import Machine, Run, TrainConfig, epoch_order, get_batch, lr_factor
@@ -214,7 +214,7 @@ def test_evaluation_and_samples_do_not_touch_the_training(run):
                 "--checkpoint_interval=0")
     assert run("--max_steps=5", "--out_dir=more", "--eval_interval=2", "--sample_interval=2",
                "--checkpoint_interval=3").code == 0
-    a, b = read("plain/step_000005.pt"), read("more/step_000005.pt")
+    a, b = (train.read_checkpoint(f"{out}/step_000005.pt") for out in ("plain", "more"))
     for key in ("model", "optimizer", "rng"):
         assert not differences(a[key], b[key])
     # Intervals of 0 switch things off; the end always makes a checkpoint.
@@ -241,7 +241,7 @@ def test_the_best_held_out_loss_is_kept_and_named(tiny, monkeypatch):
     result = tiny("--max_steps=12", "--eval_interval=2", "--checkpoint_interval=2")
     assert result.code == 0 and result.out.count("best 5.0000 at step 4") == 5
     assert steps_left() == [4, 10, 12]
-    assert read("out/step_000012.pt")["best"] == {"step": 4, "val_loss": 5.0}
+    assert train.read_checkpoint("out/step_000012.pt")["best"] == {"step": 4, "val_loss": 5.0}
     assert "lowest at step 4: --checkpoint out/best)" in result.out.splitlines()[-1]
     state = {"step": 13, "best": {"step": 12}, "config": {"eval_interval": 2}}
     assert not train.hint_of_best(Path("out"), state)  # nothing after it was evaluated
@@ -315,7 +315,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_before_the_optimizer_step(tiny)
     last_good = Path(f"out/step_{done:06d}.pt")
     refused(result, f"step {done + 1}", "nan", last_good, code=1)
     assert done > 0 and train.checkpoints("out")[-1] == last_good
-    assert all(t.isfinite().all() for t in read(last_good)["model"].values())
+    assert all(t.isfinite().all() for t in train.read_checkpoint(last_good)["model"].values())
 
 
 def test_steps_that_fp16_skips_are_no_failure(tiny, monkeypatch):
@@ -323,7 +323,7 @@ def test_steps_that_fp16_skips_are_no_failure(tiny, monkeypatch):
     monkeypatch.setattr(torch.amp, "GradScaler", scaler)
     assert tiny("--dtype=float16", "--max_steps=2").code == 0
     assert [line["grad_norm"] for line in metrics("out")] == [None, None]
-    assert read("out/step_000002.pt")["scaler"]["scale"] == 2.0**48
+    assert train.read_checkpoint("out/step_000002.pt")["scaler"]["scale"] == 2.0**48
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
