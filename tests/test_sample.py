@@ -53,8 +53,8 @@ def test_a_folder_in_hugging_faces_format_gives_the_greedy_tokens_of_transformer
         vocab_size=len(tokenizer), hidden_size=48, intermediate_size=96, num_hidden_layers=3,
         num_attention_heads=6, num_key_value_heads=2, max_position_embeddings=128,
         tie_word_embeddings=True, initializer_range=0.3))
-    theirs.save_prerun_dir("hf")
-    tokenizer.save_prerun_dir("hf")
+    theirs.save_pretrained("hf")
+    tokenizer.save_pretrained("hf")
     ids = torch.tensor([tokenizer.encode(PROMPT)])
     with torch.no_grad():
         for _ in range(60):
