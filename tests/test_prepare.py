@@ -233,6 +233,7 @@ BEGINNINGS = {"PDF": b"%PDF-1.7", "zip": b"PK\3\4", "Parquet": b"PAR1", "xz": b"
     ("good.txt --tokenizer=huge", 1, "65,537 uint16"),
     ("good.txt --out_dir=full", 1, "full me"),
     ("good.txt --out_dir=nano", 1, "nano train.bin"),
+    ("good.txt --out_dir=mine", 1, "mine notes.txt"),
     ("good.txt --out_dir=.", 1, "--out_dir"),
     ("good.txt --out_dir=good.txt", 1, "directory"),
     ("good.txt --out_dir=", 2, "--out_dir ''"),
@@ -248,8 +249,9 @@ def test_every_mistake_gets_its_line_and_leaves_everything_as_it_was(
     files = {"good.txt": PROSE, "empty.txt": "\ufeff", "short.txt": "!?", "gz.txt": b"\x1f\x8b",
              "utf16.txt": PROSE.encode("utf-16"), "latin1.txt": PROSE.encode() + b"caf\xe9 ol\xe9",
              **{f"{kind}.txt": begin + b"..." for kind, begin in BEGINNINGS.items()},
-             "bare.txt": PROSE.encode("utf-16-le"), "nano/train.bin": "ids", "hollow/x": "",
-             "broken/tokenizer.json": "{}", "full/me": ""}
+             "bare.txt": PROSE.encode("utf-16-le"), "nano/train.bin": "ids",
+             "broken/tokenizer.json": "{}", "mine/meta.json": "{}",
+             **dict.fromkeys(("hollow/x", "full/me", "mine/notes.txt"), "")}
     for name, content in files.items():
         write(name, content)
     if "huge" in typed:

@@ -193,6 +193,32 @@ def test_control_a_resume_with_a_part_of_its_state_lost_is_seen(lose, run, short
     assert differences(*weights) and untimed("whole")[4:] != untimed("out")[4:]
 
 
+@pytest.mark.parametrize("machine, argv, code, words", [
+    ({"torch": "1.0.0"}, [], 0, [f"torch 1.0.0 → {torch.__version__}"]),
+    ({"device": "cuda (Fast 9000)"}, [], 0, ["device cuda (Fast 9000) → cpu"]),
+    ({"threads": 77}, [], 0, ["threads 77 → 2"]),
+    ({}, ["--dtype=bfloat16"], 0, ["threads 1 → 2", "dtype float32 → bfloat16"]),
+    ({}, ["--batch_size=8", "--learning_rate=0.5"], 0, ["batch_size 4 → 8", "rate 0.01 → 0.5"]),
+    ({}, ["--seed=1"], 0, ["seed 1337 → 1"]),
+    ({"threads": 2}, ["--log_interval=2", "--eval_interval=5"], 0, []),
+    *(({}, [f"--{key}"], 1, [key.partition("=")[0]]) for key in (
+        "hidden_size=64", "vocab_size=4096", "rope_theta=5", "optimizer=muon"))])
+def test_where_the_bits_cannot_be_the_same_a_resume_names_why_and_goes_on(
+        machine, argv, code, words, finished):
+    """machine: of the checkpoint. Another model is refused; the generators stay as they are."""
+    random.random()
+    torch.rand(9)
+    path, drawn = finished / "step_000008.pt", [train.rng_state()]  # not as at a start
+    state = train.read_checkpoint(path)
+    state |= {"rng": drawn, "machine": state["machine"] | machine}
+    train.write_checkpoint(path, state)
+    done = run_main(train.main, "--resume=out", "--max_steps=10", *argv, threads=2)
+    expect_end(done, [code])
+    assert all(word in done.out + done.err for word in words) and (words or "→" not in done.out)
+    assert last_step("out") == (8 if code else 10)
+    assert not differences(train.load_checkpoint("out")[1]["rng"], drawn)
+
+
 def test_control_the_comparison_sees_one_bit(eight_steps):
     a, b = (train.read_checkpoint(eight_steps / "step_000008.pt") for _ in range(2))
     assert not differences(a, b)
@@ -295,6 +321,18 @@ def test_a_checkpoint_reaches_the_disk_before_its_name_and_the_name_after(finish
     state, events = train.read_checkpoint(finished / "step_000008.pt"), watch_disk(monkeypatch)
     train.write_checkpoint(finished / "step_000009.pt", state)
     assert events == ["checkpoint.tmp", ("checkpoint.tmp", "step_000009.pt"), "out"]
+
+
+def test_a_second_process_is_refused_and_the_first_one_never_notices(data, run, tmp_path):
+    assert run("--out_dir=whole").code == 0
+    with training(tmp_path, data) as process:
+        process.until(lambda: last_step("out") >= 6)
+        process.signal(signal.SIGSTOP)  # it must not end meanwhile
+        for argv in ([], ["--resume"], ["--resume=auto"], ["--resume=out"]):
+            expect_end(run(*argv), [1], "training in out")
+        process.signal(signal.SIGCONT)
+        expect_end(process.end())
+    assert not lost_bits("whole", "out")
 
 
 # ---- readers, terminals and folders ----
