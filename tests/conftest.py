@@ -1,17 +1,11 @@
-"""The fixtures of the tests; harness.py has the functions.
-
-The real text and tokenizer come from the folder in SMOLLM2_TEST_DATA (input.txt and tokenizer/),
-from the hub's cache, or from the network. Where none has them, most tests run on prepare.py's
-stand-in, and the rest are skipped.
-"""
+"""The fixtures of the tests; harness.py has the functions."""
 import os
 import signal
 from pathlib import Path
 
 import pytest
 
-pytest.register_assert_rewrite("tests.harness")
-from tests.harness import TINY, make_data, prepare, run_main, train, train_here  # noqa: E402
+from tests.harness import TINY, expect_end, make_data, prepare, run_main, train, train_here
 
 
 def pytest_configure():
@@ -31,7 +25,7 @@ def own_folder(tmp_path, monkeypatch):
 
 @pytest.fixture(scope="session")
 def real_data(tmp_path_factory):
-    """A folder with the real input.txt and tokenizer/."""
+    """A folder with the real input.txt and tokenizer/, by SMOLLM2_TEST_DATA or the hub."""
     if folder := os.environ.get("SMOLLM2_TEST_DATA"):
         return Path(folder).resolve(strict=True)
     folder = tmp_path_factory.mktemp("real")
@@ -54,8 +48,7 @@ def data_dir(request, tmp_path_factory):
         source = ["--input", real / "input.txt", "--tokenizer", real / "tokenizer"]
     except pytest.skip.Exception:
         source = []
-    result = run_main(prepare.main, *source, f"--out_dir={folder}")
-    assert result.code == 0, result.err
+    expect_end(run_main(prepare.main, *source, f"--out_dir={folder}"))
     return folder
 
 
@@ -66,19 +59,12 @@ def tokenizer(data_dir):
 
 
 @pytest.fixture(scope="session")
-def real_tokenizer(real_data):
-    from transformers import AutoTokenizer
-    return AutoTokenizer.from_pretrained(real_data / "tokenizer")
-
-
-@pytest.fixture(scope="session")
 def run_dir(data_dir, tmp_path_factory):
     """The out_dir of a run of 12 steps on data_dir, with evaluations after 4, 8 and 12."""
     out = tmp_path_factory.mktemp("run") / "out"
-    done = run_main(train.main, *TINY, f"--data_dir={data_dir}", f"--out_dir={out}",
-                    "--max_steps=12", "--eval_interval=4", "--checkpoint_interval=6",
-                    "--max_position_embeddings=8192")
-    assert done.code == 0, done.err
+    keys = ["--max_steps=12", "--eval_interval=4", "--checkpoint_interval=6",
+            "--max_position_embeddings=8192", f"--data_dir={data_dir}", f"--out_dir={out}"]
+    expect_end(run_main(train.main, *TINY, *keys))
     return out
 
 

@@ -39,8 +39,7 @@ def needs(package):
 def exported(run_dir, tmp_path_factory):
     """An export of that run, with its title."""
     folder = tmp_path_factory.mktemp("export") / "bard"
-    done = run_main(export.main, run_dir, folder, "--licence=mit", "--language=en")
-    assert done.code == 0, done.err
+    expect_end(run_main(export.main, run_dir, folder, "--licence=mit", "--language=en"))
     return folder
 
 
@@ -102,10 +101,9 @@ def test_transformers_4_reads_an_export(exported, tokenizer):
 def test_training_goes_on_from_an_export(run_dir, exported, data_dir):
     recipe = (ROOT / "config" / "finetune_shakespeare.py").read_text()
     Path("recipe.py").write_text(recipe.replace("HuggingFaceTB/SmolLM2-135M", str(exported)))
-    done = run_main(train.main, "recipe.py", f"--data_dir={data_dir}", "--max_steps=1",
-                    "--compile=false", "--batch_size=2", "--block_size=16", "--eval_tokens=64",
-                    "--log_interval=1", "--out_dir=fine")
-    assert done.code == 0, done.err
+    expect_end(run_main(train.main, "recipe.py", f"--data_dir={data_dir}", "--max_steps=1",
+                        "--compile=false", "--batch_size=2", "--block_size=16", "--eval_tokens=64",
+                        "--log_interval=1", "--out_dir=fine"))
     first, last = metrics(run_dir)[0]["loss"], metrics("fine")[0]["loss"]
     assert first > 11 and last < first - 0.3  # it went on from what had been learned
 
@@ -222,37 +220,34 @@ def test_tensorboard_gets_every_step_once_however_often_it_is_asked(run_dir):
 
 @pytest.mark.slow
 def test_the_benchmark_tells_whether_runs_have_the_same_bits(data_dir, monkeypatch):
-    recipe = Path("r.py")
-    recipe.write_text("\n".join(f"{key[2:].replace('false', 'False')}" for key in TINY))
+    Path("r.py").write_text("\n".join(key[2:].replace("false", "False") for key in TINY))
     keys = ["exact", "--recipe=r.py", f"--data_dir={data_dir}", "--output=report.json"]
     done = run_main(bench.main, *keys)
-    assert done.code == 0, done.err
-    assert done.out.count("the same bits") == 2
-    assert json.loads(Path("report.json").read_text())["exact"] == {
-        "second": True, "resumed": True}
+    assert done.code == 0 and done.out.count("the same bits") == 2, done
+    report = json.loads(Path("report.json").read_text())
+    assert report["exact"] == {"second": True, "resumed": True}
     monkeypatch.setattr(torch, "equal", lambda a, b: False)
     assert run_main(bench.main, *keys).out.count("OTHER BITS") == 2
 
 
 @pytest.mark.parametrize("tool, argv, code, told", [
-    (export, ("nowhere", "x"), 1, "nowhere"), (export, ("x",), 2, "folder"),
-    (export, ("out", "x", "--push_to_hub", "name"), 2, "USER/NAME"),
-    (export, ("out", "file", "--overwrite"), 2, "file"),
-    (plot, ("nowhere",), 1, "nowhere"), (plot, (), 2, "RUN"),
-    (plot, ("x", "--output", "plot.jpg"), 2, "plot.jpg"), (plot, ("bad",), 1, "line 1"),
-    (plot, ("list",), 1, "line 1"), (plot, ("binary",), 1, "binary"),
-    (plot, ("empty",), 1, "nothing"), (bench, ("nonsense",), 2, "nonsense"),
-    (bench, ("train", "--shapes=4"), 2, "BxT"), (bench, ("--runs=0",), 2, "--runs"),
-    (bench, ("--what",), 2, "--what"), (tensorboard, ("nowhere",), 1, "nowhere"),
-    (demo, ("--checkpoint=no/run/x",), 2, "no/run/x"),
-    pytest.param(demo, (), 1, "train.py", marks=needs("gradio"))])
+    (export, "nowhere x", 1, "nowhere"), (export, "x", 2, "folder"),
+    (export, "out x --push_to_hub name", 2, "USER/NAME"),
+    (export, "out file --overwrite", 2, "file"),
+    (plot, "nowhere", 1, "nowhere"), (plot, "", 2, "RUN"),
+    (plot, "x --output plot.jpg", 2, "plot.jpg"), (plot, "bad", 1, "line 1"),
+    (plot, "list", 1, "line 1"), (plot, "binary", 1, "binary"), (plot, "empty", 1, "nothing"),
+    (bench, "nonsense", 2, "nonsense"), (bench, "train --shapes=4", 2, "BxT"),
+    (bench, "--runs=0", 2, "--runs"), (bench, "--what", 2, "--what"),
+    (tensorboard, "nowhere", 1, "nowhere"), (demo, "--checkpoint=no/run/x", 2, "no/run/x"),
+    pytest.param(demo, "", 1, "train.py", marks=needs("gradio"))])
 def test_what_one_types_wrong_is_one_line(tool, argv, code, told):
-    for name, content in [("bad", b"{}\n{}\n"), ("list", b"[1]\n"), ("binary", b"\xff\n"),
-                          ("empty", b"")]:
+    contents = {"bad": b"{}\n{}\n", "list": b"[1]\n", "binary": b"\xff\n", "empty": b""}
+    for name, content in contents.items():
         os.mkdir(name)
         Path(name, "metrics.jsonl").write_bytes(content)
     Path("file").touch()
-    done = run_main(tool.main, *argv)
+    done = run_main(tool.main, *argv.split())
     refused(done, told, code=code)
     assert not done.out and not os.path.exists("x")
 
@@ -260,8 +255,8 @@ def test_what_one_types_wrong_is_one_line(tool, argv, code, told):
 @pytest.mark.parametrize("tool, package", [(plot, "matplotlib"), (demo, "gradio")])
 def test_a_missing_package_is_one_line(tool, package, run_dir, monkeypatch):
     monkeypatch.setitem(sys.modules, package, None)
-    done = run_main(tool.main, *[run_dir] * (tool is plot))
-    refused(done, package, "tools/requirements.txt", code=1)
+    argv = [run_dir] if tool is plot else []
+    refused(run_main(tool.main, *argv), package, "tools/requirements.txt", code=1)
 
 
 @pytest.mark.slow
@@ -286,9 +281,8 @@ def test_demo_finds_runs_and_exports_and_writes_what_sample_writes(run_dir, expo
     assert choices["out-a/step_000012.pt"].startswith(f"out-a, step 12: held-out loss {loss:.3f}")
 
     *_, (body, plain, stop) = demo.show([], {}, "bard", files[1], "To be", "", *VALUES.values())
-    done = run_main(sample.main, "--checkpoint=bard", "--seed=7", "--max_new_tokens=20",
-                    "--temperature=0.9", "--top_k=30", "--top_p=0.95",
-                    "--prompt=To be")
+    argv = "--checkpoint=bard --seed=7 --max_new_tokens=20 --temperature=0.9 --top_k=30".split()
+    done = run_main(sample.main, *argv, "--top_p=0.95", "--prompt=To be")
     assert plain + "\n" == done.out
     lines = re.findall(r'<p class="speed">done: 20 tokens, [\d,]+ per second</p>', body)
     left, right = re.findall(r'<p class="written"><span>To be</span>(.*?)</p>', body, re.DOTALL)
