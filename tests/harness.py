@@ -81,7 +81,7 @@ def run_main(main, *argv, stdin=b"", threads=None):
     return Result(code, out, err, script)
 
 
-class Process:
+class Process(contextlib.AbstractContextManager):
     """python COMMAND in cwd and in a process group of its own, its output in the file `log`.
 
     Used with `with`, nothing of it outlives the block. limits: arguments of resource.setrlimit.
@@ -98,9 +98,6 @@ class Process:
         self.pid, self.code = int(zygote().stdout.readline()), None
         self.pidfd = os.pidfd_open(self.pid)
 
-    def __enter__(self):
-        return self
-
     def __exit__(self, *_):
         self.kill()
         Path(self.log).unlink(missing_ok=True)
@@ -113,21 +110,17 @@ class Process:
         return self.code
 
     @property
-    def alive(self):
-        return self.poll() is None
-
-    @property
     def text(self):
         return Path(self.log).read_text(errors="replace")
 
     def signal(self, signum, group=True):
         """As a terminal does it (Ctrl-C reaches the whole group), or to the process alone."""
-        if self.alive:
+        if self.poll() is None:
             (os.killpg if group else os.kill)(self.pid, signum)
 
     def kill(self):
         """kill -9 for the process and all below it: torchrun's workers have groups of their own."""
-        below = descendants(self.pid) if self.alive else []
+        below = descendants(self.pid) if self.poll() is None else []
         self.signal(signal.SIGKILL)
         self.wait()
         for pid in below:
@@ -141,7 +134,7 @@ class Process:
         """Waits for true(); False where the process ends before."""
         end = time.monotonic() + timeout
         while not true():
-            if not self.alive:
+            if self.poll() is not None:
                 return bool(true())
             expect(time.monotonic() < end, f"waited {timeout} s in vain", self.text)
             time.sleep(0.0002)
@@ -158,8 +151,7 @@ class Process:
 
 
 def free_port():
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
+    with socket.create_server(("127.0.0.1", 0)) as s:
         return str(s.getsockname()[1])
 
 

@@ -33,7 +33,6 @@ def jsonl(name, texts, column="text"):
 
 
 def parquet(name, texts, column="text"):
-    import pyarrow
     import pyarrow.parquet
     pyarrow.parquet.write_table(pyarrow.table({column: texts}), name, row_group_size=50)
     return name

@@ -9,13 +9,12 @@ import train
 from tests.harness import (ROOT, RUN, Process, descendants, differences, expect, free_port, intact,
                            last_step, lost_bits, metrics, proc, train_here)
 
-STEPS = 40
+STEPS = 40  # of a RUN
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 
 
 def keys(data, *more, out="out"):
-    return [*RUN, f"--data_dir={data}", f"--out_dir={out}", f"--max_steps={STEPS}",
-            "--resume=auto", *more]
+    return [*RUN, f"--data_dir={data}", f"--out_dir={out}", "--resume=auto", *more]
 
 
 @contextlib.contextmanager
@@ -107,14 +106,13 @@ def test_one_process_two_and_one_again_are_named_and_skip_no_data(data, tmp_path
 def test_killed_worker_is_restarted_and_goes_on_by_itself(data, undisturbed, tmp_path):
     out, agent = tmp_path / "out", ("--standalone", "--nproc_per_node=2", "--max-restarts=3")
     with torchrun(tmp_path, *keys(data), agent=agent) as p:
-        first = []
-
-        def is_there():  # known before the step is there: forty steps are soon over
-            first[:] = first or [pid for pid in descendants(p.pid)
-                                 if "\0RANK=0\0" in "\0" + proc(pid, "environ")]
-            return last_step(out) >= 12
-        p.until(is_there)
-        os.kill(first[0], signal.SIGKILL)
+        def first():
+            below = descendants(p.pid)
+            return [pid for pid in below if "\0RANK=0\0" in "\0" + proc(pid, "environ")]
+        p.until(first)
+        worker, *_ = first()  # known before the step is there: forty steps are soon over
+        p.until(lambda: last_step(out) >= 12)
+        os.kill(worker, signal.SIGKILL)
         expect(p.wait() == 0 and "resuming from" in p.text, p.text)
     assert lost_bits(undisturbed[0], out) == 0
 

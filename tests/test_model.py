@@ -116,13 +116,10 @@ def test_logits_gradients_and_ten_adamw_steps_equal_transformers_at_full_size(fu
     ids = some_ids(1, 513, 49152)
     with torch.no_grad():
         assert (ours(ids)[0] - theirs(ids).logits).abs().max().item() < 1e-4
-    params = list(theirs.parameters())
-    groups = [{"params": [p for p in params if p.dim() > 1], "weight_decay": 0.1},
-              {"params": [p for p in params if p.dim() < 2], "weight_decay": 0.0}]
-    config = train.TrainConfig(learning_rate=3e-4)
+    groups = [{"params": [p], "weight_decay": 0.1 * (p.dim() > 1)} for p in theirs.parameters()]
+    config, losses = train.TrainConfig(learning_rate=3e-4), []
     ours_adamw = train.make_optimizers(ours, config, torch.float32)["optimizer"]
     theirs_adamw = torch.optim.AdamW(groups, lr=3e-4, betas=(0.9, 0.95), fused=True)
-    losses = []
     for step in range(10):
         ids = some_ids(2, 49, 2000, seed=step % 2)  # two batches in turns, so that the loss falls
         x, y = ids[:, :-1], ids[:, 1:]
@@ -387,10 +384,8 @@ def test_bf16_is_picked_where_the_machine_has_it_and_each_process_has_its_own_gp
 
 
 def test_a_compiler_that_does_not_work_is_a_reason_in_one_line_and_no_error(monkeypatch):
-    def broken(*_, **__):
-        raise RuntimeError("no\ncompiler " + "x" * 500)
-    cpu = torch.device("cpu")
-    monkeypatch.setattr(torch, "compile", broken)
+    cpu, error = torch.device("cpu"), RuntimeError("no\ncompiler " + "x" * 500)
+    monkeypatch.setattr(torch, "compile", Mock(side_effect=error))
     M.compiler_problem.cache_clear()
     problem = M.compiler_problem(cpu)
     M.compiler_problem.cache_clear()  # before it is asked in earnest

@@ -108,7 +108,7 @@ def test_the_bar_fits_the_terminal_and_tells_loss_speed_and_time_left(columns, d
     termios.tcsetwinsize(theirs, (24, columns))
     text = b""
     with training(Path.cwd(), data, "--max_steps=200", stream=os.ttyname(theirs)) as process:
-        while process.alive or select.select([ours], [], [], 0)[0]:
+        while process.poll() is None or select.select([ours], [], [], 0)[0]:
             if select.select([ours], [], [], 0.1)[0]:
                 text += os.read(ours, 4096)
         assert process.wait() == 0

@@ -106,7 +106,7 @@ def stops(row, folder, n, cases, lives=1):
         with training(folder, data, *keys, out=out, **fresh) as p:
             p.until(lambda: last_step(out) >= due and is_there(p, out))
             time.sleep(rng.random() * seconds)
-            at, was_alive = last_step(out), p.alive
+            at, was_alive = last_step(out), p.poll() is None
             for signum in signums:
                 p.signal(signum)
                 time.sleep(0.002)
@@ -147,7 +147,7 @@ def kill_preparation(row, folder, n):
             if i % 3:  # as soon as something is on the disk, or at any time
                 p.until(lambda: len(os.listdir(out.parent)) > 1 + out.exists())
             time.sleep(rng.random() * seconds / 2)
-            was_alive = p.alive
+            was_alive = p.poll() is None
         found = out if out.exists() else out.with_name(".data.old")  # between two renames
         if was_alive:
             row.fault(snapshot(found) not in (before, whole), "no whole data", found)
