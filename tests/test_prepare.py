@@ -99,14 +99,6 @@ def test_default_takes_text_from_its_address_and_tokenizer_from_the_cache(
     assert prepare.open_data("data/shakespeare").fingerprint() == fingerprint
 
 
-ATOMS = [
-    " ", " ", "\n", "\n\n", "\r\n", "\t", "  ", "\u00a0", "\u2028", "\x1c", "\x85", "'", "'s",
-    "'ll", "'LL", "\u2019s", "a", "don't", "Word", "\u00e9", "e\u0301", "\u00df", "1", "42", "3.14",
-    "\u00bd", "\u0663", "\u216b", "\u4e00\u4e8c", "\u3002", "\uff0c", "!", "...", "_", "-",
-    "<|endoftext|>", "<|im_start|>", "<repo_name>", "\U0001f600", "\U0001f468\u200d\U0001f469",
-    "\x00", "\x7f", "\ufeff", "\ufffd"]
-
-
 @pytest.mark.parametrize("which", ["stand_in", "real_data/tokenizer"])
 def test_every_byte_is_kept_but_the_byte_order_mark(run, which, request, monkeypatch):
     """In a text cut wherever it can be, whose sides have the ids of each in one piece."""
@@ -116,7 +108,13 @@ def test_every_byte_is_kept_but_the_byte_order_mark(run, which, request, monkeyp
     monkeypatch.setattr(prepare, "PIECES", re.compile(pattern, re.DOTALL))
     monkeypatch.setattr(prepare, "BATCH", 70)
     backend = prepare.load_tokenizer(folder).backend_tokenizer
-    atoms = [*ATOMS * 9, *["some longer words, too "] * 9, *map(chr, range(256))]
+    atoms = [
+        " ", " ", "\n", "\n\n", "\r\n", "\t", "  ", "\u00a0", "\u2028", "\x1c", "\x85", "'", "'s",
+        "'ll", "'LL", "\u2019s", "a", "don't", "Word", "\u00e9", "e\u0301", "\u00df", "1", "42",
+        "3.14", "\u00bd", "\u0663", "\u216b", "\u4e00\u4e8c", "\u3002", "\uff0c", "!", "...", "_",
+        "-", "<|endoftext|>", "<|im_start|>", "<repo_name>", "\U0001f600",
+        "\U0001f468\u200d\U0001f469", "\x00", "\x7f", "\ufeff", "\ufffd"]
+    atoms = [*atoms * 9, *["some longer words, too "] * 9, *map(chr, range(256))]
     if below:  # the real one has no tokens for 21 bytes
         atoms = [a for a in atoms if backend.decode(backend.encode(a).ids, False) == a]
     text = "".join(random.Random(1).choices(atoms, k=50_000))

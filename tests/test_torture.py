@@ -4,10 +4,10 @@ import pytest
 from tests.torture import PARTS, Row, rng
 
 SLOW = ("kills", "signals", "compiling", "memory")
-NAMES = [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in PARTS]
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [
+    pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in PARTS])
 def test_nothing_is_lost(name, tmp_path):
     (part, short, _), row = PARTS[name], Row()
     rng.seed(0)

@@ -257,10 +257,6 @@ class Evil(str):
 
 BAD = "modeling_evil.Evil"
 CODE = {"auto_map": {"AutoModelForCausalLM": BAD, "AutoConfig": BAD, "AutoTokenizer": [BAD, BAD]}}
-MODELS = [  # the exit code, a stranger's folder, what its two configs say
-    (0, "pickle beside", {}, {}), (1, "pickle only", {}, {}), (0, "code", CODE, CODE),
-    (1, "code type", {**CODE, "model_type": "evil"}, CODE),
-    (0, "code class", CODE, {**CODE, "tokenizer_class": "Evil"})]
 
 
 def strangers(row, folder):
@@ -295,7 +291,10 @@ def strangers(row, folder):
     for name in ("modeling_evil.py", "tokenization_evil.py"):
         (hf / name).write_text(f"open({str(marker)!r}, 'w')\nclass Evil:\n    pass\n")
     torch.save({"model.embed_tokens.weight": evil}, hf / "pytorch_model.bin")
-    for code, kind, *edits in MODELS:
+    for code, kind, *edits in [  # the exit code, a stranger's folder, what its two configs say
+            (0, "pickle beside", {}, {}), (1, "pickle only", {}, {}), (0, "code", CODE, CODE),
+            (1, "code type", {**CODE, "model_type": "evil"}, CODE),
+            (0, "code class", CODE, {**CODE, "tokenizer_class": "Evil"})]:
         target = shutil.copytree(hf, folder / kind)
         for file, edit in zip((target / "config.json", target / "tokenizer_config.json"), edits):
             file.write_text(json.dumps({**json.loads(file.read_text()), **edit}))
