@@ -142,13 +142,12 @@ def is_caught(script, code, fault, test):
 
 def main():
     wanted, first, last = [*sys.argv[1:], *["", 0, 999][len(sys.argv) - 1:]]
-    faults, missed, test = [], [], ""
+    chosen, missed, test = [], [], ""
     for row in TABLE.strip().splitlines():
-        if row.startswith("  "):
-            faults.append([*row.strip().replace(r"\n", "\n").split(" | "), test])
-        else:
+        if not row.startswith("  "):
             test = row
-    chosen = [row for row in faults if row[0].startswith(wanted)]
+        elif row.strip().startswith(wanted):
+            chosen.append([*row.strip().replace(r"\n", "\n").split(" | "), test])
     for what, code, fault, test in chosen[int(first):int(last)]:
         if is_caught(what.partition(":")[0], code, fault, test):
             print(f"| `{what.replace(':', '.py`:', 1)} | `{test}` |", flush=True)

@@ -53,9 +53,9 @@ def undisturbed(data):
 @pytest.mark.parametrize("optimizer, rel", [("adamw", 2e-4), ("muon", 1e-3)])  # (Muon is in bf16)
 def test_two_processes_have_the_losses_of_one(optimizer, rel, data, tmp_path):
     argv = [f"--optimizer={optimizer}", "--max_steps=12", "--micro_batch_size=1"]
-    assert train_here(data, tmp_path / "one", *argv).code == 0
+    assert train_here(data, "one", *argv).code == 0
     run_two(tmp_path, keys(data, *argv, out="two"))
-    for a, b in zip(metrics(tmp_path / "one"), metrics(tmp_path / "two"), strict=True):
+    for a, b in zip(metrics("one"), metrics("two"), strict=True):
         for key in a.keys() & {"loss", "grad_norm", "val_loss"}:
             assert a[key] == pytest.approx(b[key], rel=1e-6 if a["step"] == 1 else rel), (a, b)
 
@@ -72,60 +72,58 @@ def test_one_process_writes_and_prints_and_each_has_random_numbers_of_its_own(un
 
 def test_killed_and_then_stopped_by_a_signal_to_one_both_end_with_the_same_bits(
         data, undisturbed, tmp_path):
-    out = tmp_path / "out"
     with processes(tmp_path, tmp_path, argv=keys(data)) as both:
-        both[0].until(lambda: last_step(out) >= 12)
+        both[0].until(lambda: last_step("out") >= 12)
         for p in both:
             p.kill()
-    assert 10 <= train.step_of(train.checkpoints(out)[-1]) < STEPS
+    assert 10 <= train.step_of(train.checkpoints("out")[-1]) < STEPS
     with processes(tmp_path, tmp_path, argv=keys(data)) as both:
-        both[0].until(lambda: last_step(out) >= 24)
+        both[0].until(lambda: last_step("out") >= 24)
         both[1].signal(signal.SIGTERM)
         assert [p.wait(60) for p in both] == [143, 143]
         last = both[0].text.splitlines()[-1]
-        assert intact(out)[-1] in last and "Resume with: python train.py --resume" in last
-    assert 24 <= last_step(out) == train.step_of(train.checkpoints(out)[-1]) < STEPS
+        assert intact("out")[-1] in last and "Resume with: python train.py --resume" in last
+    assert 24 <= last_step("out") == train.step_of(train.checkpoints("out")[-1]) < STEPS
     text, _ = run_two(tmp_path, keys(data))
     assert "resuming from" in text and "→" not in text
-    assert lost_bits(undisturbed[0], out) == 0
+    assert lost_bits(undisturbed[0], "out") == 0
 
 
 def test_one_process_two_and_one_again_are_named_and_skip_no_data(data, tmp_path):
     keep = ["--lr_decay_steps=12", "--eval_interval=0"]
-    assert train_here(data, tmp_path / "out", "--max_steps=4", *keep).code == 0
+    assert train_here(data, "out", "--max_steps=4", *keep).code == 0
     text, _ = run_two(tmp_path, keys(data, "--max_steps=8", *keep))
     assert "processes 1 → 2" in text
-    done = train_here(data, tmp_path / "out", "--max_steps=12", "--resume=auto", *keep)
+    done = train_here(data, "out", "--max_steps=12", "--resume=auto", *keep)
     assert done.code == 0 and "processes 2 → 1" in done.out
-    state = train.read_checkpoint(tmp_path / "out" / "step_000012.pt")
+    state = train.read_checkpoint("out/step_000012.pt")
     assert (state["epoch"], state["sequence"], state["tokens"]) == (0, 12 * 4, 12 * 4 * 32)
-    assert [line["step"] for line in metrics(tmp_path / "out")] == list(range(1, 13))
+    assert [line["step"] for line in metrics("out")] == list(range(1, 13))
 
 
 @pytest.mark.slow
 def test_killed_worker_is_restarted_and_goes_on_by_itself(data, undisturbed, tmp_path):
-    out, agent = tmp_path / "out", ("--standalone", "--nproc_per_node=2", "--max-restarts=3")
+    agent = ("--standalone", "--nproc_per_node=2", "--max-restarts=3")
     with torchrun(tmp_path, *keys(data), agent=agent) as p:
         def first():
             below = descendants(p.pid)
             return [pid for pid in below if "\0RANK=0\0" in "\0" + proc(pid, "environ")]
         p.until(first)
         worker, *_ = first()  # known before the step is there: forty steps are soon over
-        p.until(lambda: last_step(out) >= 12)
+        p.until(lambda: last_step("out") >= 12)
         os.kill(worker, signal.SIGKILL)
         expect(p.wait() == 0 and "resuming from" in p.text, p.text)
-    assert lost_bits(undisturbed[0], out) == 0
+    assert lost_bits(undisturbed[0], "out") == 0
 
 
 @pytest.mark.slow
 def test_sigterm_to_torchrun_saves_and_two_nodes_go_on(data, undisturbed, tmp_path):
-    out = tmp_path / "out"
     with torchrun(tmp_path, *keys(data)) as p:
-        p.until(lambda: last_step(out) >= 12)
+        p.until(lambda: last_step("out") >= 12)
         p.signal(signal.SIGTERM, group=False)
         assert p.wait(60) != 0
-        assert intact(out) and f"{intact(out)[-1]} is written" in p.text, p.text
-    assert 12 <= last_step(out) == train.step_of(train.checkpoints(out)[-1]) < STEPS
+        assert intact("out") and f"{intact('out')[-1]} is written" in p.text, p.text
+    assert 12 <= last_step("out") == train.step_of(train.checkpoints("out")[-1]) < STEPS
     nodes = ["--nnodes=2", "--nproc_per_node=1", "--rdzv_backend=static",
              "--master_addr=127.0.0.1", f"--master_port={free_port()}"]
     with (torchrun(tmp_path, *keys(data), agent=[*nodes, "--node_rank=0"]) as first,
@@ -133,7 +131,7 @@ def test_sigterm_to_torchrun_saves_and_two_nodes_go_on(data, undisturbed, tmp_pa
         for p in (first, second):
             expect(p.wait() == 0, first.text, second.text)
         assert "resuming from" in first.text and "step " not in second.text
-    assert lost_bits(undisturbed[0], out) == 0
+    assert lost_bits(undisturbed[0], "out") == 0
 
 
 LATE = """\
