@@ -201,7 +201,7 @@ class Muon(torch.optim.Optimizer):
 
 
 def make_optimizers(model, config, dtype):
-    """The optimizers by their keys in a checkpoint; "peak_lr" of a group is its rate at the top."""
+    """The optimizers by their keys in a checkpoint; the rates given here are the highest."""
     optimizers = {}
     matrices = [p for p in model.parameters() if p.dim() == 2]
     norms = [p for p in model.parameters() if p.dim() < 2]
@@ -212,9 +212,6 @@ def make_optimizers(model, config, dtype):
               {"params": norms, "weight_decay": 0.0}]
     betas = (config.beta1, config.beta2)
     optimizers["optimizer"] = torch.optim.AdamW(groups, config.learning_rate, betas, fused=True)
-    for optimizer in optimizers.values():
-        for group in optimizer.param_groups:
-            group["peak_lr"] = group["lr"]
     return optimizers
 
 
@@ -239,7 +236,7 @@ def lr_factor(config, step):
 def set_rates(optimizers, factor):
     for optimizer in optimizers.values():
         for group in optimizer.param_groups:
-            group["lr"] = group["peak_lr"] * factor
+            group["lr"] = optimizer.defaults["lr"] * factor
 
 
 def sum_of_all(number, device):
