@@ -10,7 +10,6 @@ import argparse
 import ast
 import difflib
 import hashlib
-import importlib.metadata
 import json
 import math
 import os
@@ -40,7 +39,6 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils import collect_env
 from tqdm import tqdm
 
 from model import (SmolLM2, SmolLM2Config, compiler_problem, from_pretrained, generate,
@@ -52,7 +50,7 @@ class TrainConfig(SmolLM2Config):
     """Every key of a recipe and of the command line; the model's sizes are inherited.
 
     zero: the value may be 0 or empty. free: a resumed run may change it without a word. (Whether
-    another device, dtype or thread count changes the bits, Machine.fingerprint tells.)"""
+    another device, dtype or thread count changes the bits, Run.machine tells.)"""
     # the run
     out_dir: str = key("out", "where checkpoints, metrics and samples are written", free=True)
     data_dir: str = key("data/shakespeare", "made by prepare.py or tools.corpus", free=True)
@@ -135,7 +133,7 @@ def get_batch(run):
         epochs, block = divmod(i, blocks_per_epoch(len(ids), T))  # it may reach into the next epoch
         start = epoch_order(run.config.seed, run.epoch + epochs, len(ids), T)[block]
         rows.append(ids[start:start + T + 1])
-    rows = on_device(np.stack(rows), run.machine.device)  # (share, T + 1)
+    rows = on_device(np.stack(rows), run.device)  # (share, T + 1)
     return rows[:, :-1], rows[:, 1:]
 
 
@@ -253,20 +251,20 @@ def train_step(run, batch):
 
     Returns the mean loss over all processes, nats a token, and the gradient's norm before
     clipping. Raises FloatingPointError before anything is changed if they are not finite."""
-    machine, size = run.machine, run.config.micro_batch_size or len(batch[0])
+    size = run.config.micro_batch_size or len(batch[0])
     parts = list(zip(batch[0].split(size), batch[1].split(size)))
-    loss = torch.zeros((), device=machine.device)
+    loss = torch.zeros((), device=run.device)
     for i, (x, y) in enumerate(parts):
         if WORLD_SIZE > 1:  # gradients are averaged once a step
             run.net.require_backward_grad_sync = i == len(parts) - 1
-        with machine.autocast:
+        with run.autocast:
             _, part = run.net(x, y)
         run.scaler.scale(part / len(parts)).backward()
         loss += part.detach() / len(parts)
     for optimizer in run.optimizers.values():
         run.scaler.unscale_(optimizer)
     norm = torch.nn.utils.clip_grad_norm_(run.parameters, run.config.grad_clip or math.inf)
-    loss, norm = sum_of_all(loss.item() / WORLD_SIZE, machine.device), norm.item()
+    loss, norm = sum_of_all(loss.item() / WORLD_SIZE, run.device), norm.item()
     # In fp16 a gradient that overflows is no failure: the step is skipped, the scale lowered.
     is_skipped = run.scaler.is_enabled() and not math.isfinite(norm)
     if not math.isfinite(loss) or not (math.isfinite(norm) or is_skipped):
@@ -284,19 +282,19 @@ def train_step(run, batch):
 @torch.no_grad()
 def evaluate(run):
     """The mean loss, nats a token, of the held-out ids, each once, in fixed windows of T."""
-    config, machine, ids = run.config, run.machine, run.data.val
+    config, ids = run.config, run.data.val
     n, T = min(len(ids) - 1, config.eval_tokens), config.block_size
     B = config.micro_batch_size or config.batch_size // WORLD_SIZE
     total = 0.0
     for first in range(RANK * B * T, n, WORLD_SIZE * B * T):
-        window = on_device(ids[first:min(first + B * T, n) + 1], machine.device)
+        window = on_device(ids[first:min(first + B * T, n) + 1], run.device)
         count = len(window) - 1
         missing = (0, B * T - count)  # at the end: one shape for all, and -100 does not count
         x, y = F.pad(window[:-1], missing), F.pad(window[1:], missing, value=-100)
-        with machine.autocast:
+        with run.autocast:
             _, loss = run.net(x.view(B, T), y.view(B, T))
         total += loss.item() * count
-    return sum_of_all(total, machine.device) / n
+    return sum_of_all(total, run.device) / n
 
 
 # ----------------------------------------------------------------------------------------- the loop
@@ -309,7 +307,7 @@ def is_due(step, interval):
 def train(run, log, stop):
     """From run.step to max_steps, or to the end of the step in which a signal came."""
     config = run.config
-    while run.step < config.max_steps and not sum_of_all(stop.signum, run.machine.device):
+    while run.step < config.max_steps and not sum_of_all(stop.signum, run.device):
         began = time.perf_counter()
         factor = lr_factor(config, run.step)
         set_rates(run.optimizers, factor)
@@ -342,17 +340,19 @@ def train(run, log, stop):
 
 
 class Run:
-    """The config, data and machine of a run, and all that a checkpoint has to hold of it."""
+    """The config, data and device of a run, and all that a checkpoint has to hold of it."""
 
     COUNTERS = ("step", "epoch", "sequence", "tokens", "seconds", "best")
 
-    def __init__(self, config, model, data, machine):
-        self.config, self.data, self.machine = config, data, machine
-        self.model = self.net = model.to(machine.device)  # net: compiled, wrapped; never saved
+    def __init__(self, config, model, data, device, dtype, is_compiled=False):
+        self.config, self.data, self.device, self.dtype = config, data, device, dtype
+        self.is_compiled = is_compiled
+        self.model = self.net = model.to(device)  # net: compiled, wrapped; never saved
         self.parameters = list(model.parameters())
-        self.optimizers = make_optimizers(model, config, machine.dtype)
-        is_fp16 = machine.dtype == torch.float16
-        self.scaler = torch.amp.GradScaler(machine.device.type, enabled=is_fp16)
+        self.size = sum(p.numel() for p in self.parameters)
+        self.optimizers = make_optimizers(model, config, dtype)
+        self.scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+        self.autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
         self.step = 0  # optimizer steps done
         self.epoch = self.sequence = 0  # the place in the data: sequences read of this epoch
         self.tokens = 0  # trained on so far
@@ -377,7 +377,16 @@ class Run:
         optimizers = {name: optimizer.state_dict() for name, optimizer in self.optimizers.items()}
         return {**counters, "model": self.model.state_dict(), **optimizers,
                 "scaler": self.scaler.state_dict(), "config": asdict(self.config),
-                "data": self.data.fingerprint(), "machine": self.machine.fingerprint()}
+                "data": self.data.fingerprint(), "machine": self.machine()}
+
+    def machine(self):
+        """What the bits of a run depend on, besides its config and its data."""
+        name = torch.backends.cpu.get_cpu_capability()
+        if self.device.type == "cuda":
+            name = torch.cuda.get_device_name(self.device)
+        return {"torch": str(torch.__version__), "compile": self.is_compiled,
+                "device": f"{self.device.type} ({name})", "dtype": str(self.dtype)[6:],
+                "threads": torch.get_num_threads(), "processes": WORLD_SIZE}
 
     def load(self, state):
         """Takes over a checkpoint's dict, but for what the config says of rates and decays."""
@@ -411,16 +420,16 @@ def show(text, file=None):
 
 def write_sample(run):
     """Continues the first held-out tokens; writes the text to out_dir/samples and returns it."""
-    out, machine = Path(run.config.out_dir), run.machine
+    out = Path(run.config.out_dir)
     try:
         tokenizer, _ = prepare.open_tokenizer(out / "tokenizer")
     except ValueError as e:  # no reason to lose a run
         return f"none: {e}"
     # A generator of its own: training draws from the others.
-    generator = torch.Generator(machine.device).manual_seed(run.config.seed + run.step)
-    prompt = on_device(run.data.val[:16], machine.device)[None]  # (1, T)
+    generator = torch.Generator(run.device).manual_seed(run.config.seed + run.step)
+    prompt = on_device(run.data.val[:16], run.device)[None]  # (1, T)
     length = min(100, run.config.max_position_embeddings - prompt.size(1))
-    with machine.autocast:
+    with run.autocast:
         new = generate(run.model, prompt, length, temperature=0.8, top_k=50, generator=generator)
         ids = prompt[0].tolist() + [token.item() for token in new]
     text = tokenizer.decode(ids, skip_special_tokens=False)
@@ -633,32 +642,8 @@ def save(run, log):
 # -------------------------------------------------------------------------------------- the machine
 
 
-@dataclass
-class Machine:
-    device: torch.device
-    dtype: torch.dtype
-    compile: bool
-    reason: str = ""  # why these
-
-    @property
-    def autocast(self):
-        is_half = self.dtype != torch.float32
-        return torch.autocast(self.device.type, self.dtype, enabled=is_half)
-
-    def fingerprint(self):
-        """What the bits of a run depend on, besides its config and its data."""
-        name, versions = torch.backends.cpu.get_cpu_capability(), {}
-        if self.device.type == "cuda":
-            name = torch.cuda.get_device_name(self.device)
-            versions = {"cuda": torch.version.cuda, "triton": importlib.metadata.version("triton"),
-                        "driver": collect_env.get_nvidia_driver_version(collect_env.run)}
-        return {"torch": str(torch.__version__), **versions, "compile": self.compile,
-                "device": f"{self.device.type} ({name})", "dtype": str(self.dtype)[6:],
-                "threads": torch.get_num_threads(), "processes": WORLD_SIZE}
-
-
 def set_up_machine(config):
-    """Chooses device, dtype and compilation, joins the other processes, makes sums repeatable."""
+    """(device, dtype, whether to compile); joins the other processes, makes sums repeatable."""
     try:
         device, dtype, reason = pick_device(config.device, config.dtype)
     except ValueError as e:
@@ -685,8 +670,10 @@ def set_up_machine(config):
         # Nothing here reads memory that it did not write: filling it would only cost time.
         torch.utils.deterministic.fill_uninitialized_memory = False
     problem = compiler_problem(device) if config.compile else "as asked"
-    compiled = f"not compiled ({problem})" if problem else "compiled"
-    return Machine(device, dtype, problem is None, f"{str(dtype)[6:]} ({reason}), {compiled}")
+    compiled = f"not compiled ({problem})" if problem else "compiled (up to a minute in the first step and evaluation)"
+    show(f"device   {device}, threads {torch.get_num_threads()}, processes {WORLD_SIZE}, "
+         f"{str(dtype)[6:]} ({reason}), {compiled}")
+    return device, dtype, problem is None
 
 
 # --------------------------------------------------------------------------------- the command line
@@ -897,7 +884,7 @@ def set_up(out, source, overrides, typed):
     machine = set_up_machine(config)
     data = open_data(config, typed, state)
     torch.manual_seed(config.seed)
-    run = Run(config, model or SmolLM2(config), data, machine)
+    run = Run(config, model or SmolLM2(config), data, *machine)
     if state:
         report_changes(state, run)
         try:
@@ -910,7 +897,7 @@ def set_up(out, source, overrides, typed):
         fail(f"the processes are at steps {[step for step, *_ in starts]}, or their data or "
              "settings differ: every machine needs the same command, data_dir and (to resume) "
              "out_dir")
-    if machine.compile:
+    if run.is_compiled:
         is_one_pass = WORLD_SIZE == 1 and config.micro_batch_size in (0, config.batch_size)
         tokens = config.batch_size * config.block_size if is_one_pass else None
         run.model.compile_for_training(tokens)
@@ -924,7 +911,7 @@ def set_up_folder(out, run):
     config, tokenizer = run.config, run.data.folder / "tokenizer"
     kept = config.keep_checkpoints if config.checkpoint_interval else 0
     count = kept + 2  # the best, and the one that is being written
-    need = count * checkpoint_size(run)
+    need = count * 12 * run.size  # bytes: a weight and two means, in fp32
     free = shutil.disk_usage(out).free + sum(path.stat().st_size for path in checkpoints(out))
     if free < need:
         fail(f"up to {count} checkpoints at a time need {need / 1e9:.1f} GB, but {out} has room for"
@@ -942,26 +929,18 @@ def set_up_folder(out, run):
         shutil.copytree(tokenizer, out / "tokenizer", dirs_exist_ok=True)
 
 
-def checkpoint_size(run):
-    return 12 * sum(p.numel() for p in run.parameters)  # bytes: weight and two means, in fp32
-
-
 def show_banner(run):
-    config, machine, data, meta = run.config, run.machine, run.data, run.data.meta
+    config, data, meta = run.config, run.data, run.data.meta
     B, T = config.batch_size, config.block_size
     epochs = config.max_steps * B / blocks_per_epoch(len(data.train), T)
     stand_in = f", STAND-IN {meta['stand_in']}" if meta["stand_in"] else ""
     show(f"""\
-device   {machine.device}, threads {torch.get_num_threads()}, processes {WORLD_SIZE}, \
-{machine.reason}
 data     {data.folder}{stand_in}: {len(data.train):,} training and {len(data.val):,} held-out tokens
          of {meta['source']}
-model    {sum(p.numel() for p in run.parameters):,} parameters
+model    {run.size:,} parameters
 run      steps {run.step} to {config.max_steps}, {B} x {T} = {B * T:,} tokens a step, \
 {epochs:.1f} epochs
-writes   {config.out_dir}/: checkpoints of {checkpoint_size(run) / 1e9:.2f} GB, metrics, samples""")
-    if machine.compile:
-        show("compiling, for up to a minute in the first step and in the first evaluation")
+writes   {config.out_dir}/: checkpoints of {12 * run.size / 1e9:.2f} GB, metrics, samples""")
 
 
 def resume_command(out):

@@ -20,9 +20,9 @@ from prepare import Data
 from tests.harness import (ROOT, TINY, differences, edit_meta, metrics, refused, run_main,
                            write_data)
 from tools.export import save_pretrained
-from train import Machine, Run, TrainConfig, epoch_order, get_batch, lr_factor
+from train import Run, TrainConfig, epoch_order, get_batch, lr_factor
 
-CPU = Machine(torch.device("cpu"), torch.float32, compile=False)
+CPU = torch.device("cpu")
 BYTES = [*TINY, "--vocab_size=256", "--dtype=float32"]
 CONFIG = TrainConfig(**train.parse_args(BYTES)[0])  # 26 thousand parameters
 NUMBERS = Data(np.arange(1007, dtype="<u2"), np.arange(9, dtype="<u2"), {}, Path())  # id = place
@@ -35,11 +35,11 @@ def tiny():
     return partial(run_main, train.main, *BYTES, "--data_dir=d")
 
 
-def new_run(data=None, machine=CPU, **changes):
+def new_run(data=None, dtype=torch.float32, **changes):
     """A Run of CONFIG, with the same first weights each time."""
     torch.manual_seed(0)
     config = replace(CONFIG, **changes)
-    return Run(config, SmolLM2(config), data, machine)
+    return Run(config, SmolLM2(config), data, CPU, dtype)
 
 
 def steps_left(out="out"):
@@ -329,7 +329,7 @@ def test_steps_that_fp16_skips_are_no_failure(tiny, monkeypatch):
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_an_infinite_gradient_in_fp16_stops_every_optimizer_and_lowers_the_scale(optimizer):
     """Only the embedding's is infinite, and Muon has no part in it: it must not step either."""
-    run = new_run(machine=replace(CPU, dtype=torch.float16), optimizer=optimizer)
+    run = new_run(dtype=torch.float16, optimizer=optimizer)
     run.model.model.embed_tokens.weight.register_hook(lambda grad: grad * math.inf)
     before = [p.detach().clone() for p in run.parameters]
     loss, norm = train.train_step(run, torch.randint(256, (2, 4, 16)))

@@ -58,11 +58,11 @@ def train_ours(shape, deterministic=True, optimizer="adamw"):
     config = train.TrainConfig(batch_size=B, block_size=T, deterministic=deterministic,
                                optimizer=optimizer, lr_decay_steps=5000)
     machine = train.set_up_machine(config)
-    run = train.Run(config, SmolLM2(config), None, machine)
+    run = train.Run(config, SmolLM2(config), None, *machine)
     run.model.compile_for_training(B * T)
 
     def step():
-        batch = torch.randint(0, config.vocab_size, (2, B, T), device=machine.device)
+        batch = torch.randint(0, config.vocab_size, (2, B, T), device=run.device)
         train.train_step(run, batch)
     return step
 
