@@ -304,10 +304,10 @@ def is_due(step, interval):
     return interval > 0 and step % interval == 0
 
 
-def train(run, log, stop):
+def train(run, log, signals):
     """From run.step to max_steps, or to the end of the step in which a signal came."""
-    config = run.config
-    while run.step < config.max_steps and not sum_of_all(stop.signum, run.device):
+    config, is_over = run.config, False
+    while not is_over:
         began = time.perf_counter()
         factor = lr_factor(config, run.step)
         set_rates(run.optimizers, factor)
@@ -329,12 +329,11 @@ def train(run, log, stop):
             if is_due(run.step, config.sample_interval):
                 show(f"--- sample at step {run.step}\n{write_sample(run)}\n---")
 
+        is_over = run.step >= config.max_steps or sum_of_all(len(signals), run.device) > 0
         # A best step is saved between two checkpoints, too, if the run makes checkpoints at all.
         is_best = run.best and run.best["step"] == run.step and config.checkpoint_interval > 0
-        if is_best or is_due(run.step, config.checkpoint_interval):
+        if is_over or is_best or is_due(run.step, config.checkpoint_interval):
             save(run, log)
-    if run.saved_step != run.step:
-        save(run, log)
     if log:
         log.bar.close()
 
@@ -358,7 +357,6 @@ class Run:
         self.tokens = 0  # trained on so far
         self.seconds = 0.0  # spent in steps
         self.best = None  # {"step", "val_loss"} of the lowest held-out loss
-        self.saved_step = None  # the step that is on the disk
         random.seed(config.seed + RANK)
         np.random.seed((config.seed + RANK) % 2**32)
         torch.manual_seed(config.seed + RANK)
@@ -393,7 +391,6 @@ class Run:
         self.model.load_state_dict(state["model"])
         for name in self.COUNTERS:
             setattr(self, name, state[name])
-        self.saved_step = self.step
         for name, optimizer in self.optimizers.items():
             groups = optimizer.state_dict()["param_groups"]
             optimizer.load_state_dict({**state[name], "param_groups": groups})
@@ -484,23 +481,20 @@ class Log:
              f"{run.best['step']}{note}")
 
 
-class Stop:
-    """The first SIGINT, SIGTERM or SIGHUP asks for a stop after the step; a second Ctrl-C leaves.
+def catch_signals(signals):
+    """Appends to a list what asks for a stop after the step; a second Ctrl-C leaves at once.
 
     Where one of several processes got one, all stop after the same step (see train)."""
-    signum = 0  # the first one
-
-    def listen(self):
-        for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            if signal.getsignal(signum) != signal.SIG_IGN:  # (nohup has SIGHUP ignored)
-                signal.signal(signum, self.handle)
-
-    def handle(self, signum, frame):
-        if self.signum and signum == signal.SIGINT and WORLD_SIZE == 1:  # (torchrun repeats it)
+    def handle(signum, frame):
+        if signals and signum == signal.SIGINT and WORLD_SIZE == 1:  # (torchrun repeats it)
             os._exit(128 + signum)
         with suppress(OSError):  # whoever read it may be gone
             os.write(2, b"\ntrain.py: finishing the step, then saving; Ctrl-C again ends at once\n")
-        self.signum = self.signum or signum
+        signals.append(signum)
+
+    for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(signum) != signal.SIG_IGN:  # (nohup has SIGHUP ignored)
+            signal.signal(signum, handle)
 
 
 # -------------------------------------------------------------------------------------- checkpoints
@@ -636,7 +630,6 @@ def save(run, log):
         for path in checkpoints(out)[:-run.config.keep_checkpoints]:  # (0 keeps all: [:-0] is [])
             if not run.best or step_of(path) != run.best["step"]:
                 path.unlink()
-    run.saved_step = run.step
 
 
 # -------------------------------------------------------------------------------------- the machine
@@ -950,7 +943,7 @@ def resume_command(out):
 def main(argv):
     prepare.protect_streams()  # a closed pipe or a full disk loses lines, not steps
     overrides, typed, args = parse_args(argv)
-    stop, log = Stop(), None
+    signals, log = [], None  # (the signals in the order in which they came)
     out, source = find_run(overrides, args)
     again = resume_command(out)
     is_new = not out.exists()
@@ -959,22 +952,22 @@ def main(argv):
         if RANK == 0 and out.exists():
             lock.acquire()
         run = set_up(out, source, overrides, typed)
-        stop.listen()
+        catch_signals(signals)
         if RANK == 0:
             lock.acquire()  # (makes the folder)
             set_up_folder(out, run)
             show_banner(run)
             log = Log(run)
-        train(run, log, stop)
+        train(run, log, signals)
     except filelock.Timeout:
         fail(f"another process is training in {out}: wait for it, or choose another --out_dir")
     except (FloatingPointError, OSError) as e:
         saved = checkpoints(out)
         fail(f"{e}. {saved[-1]} is whole: {again} continues from it" if saved else e)
     except (MemoryError, RuntimeError) as e:
-        if stop.signum:  # Ctrl-C reaches the C++ compiler, too, and torchrun ends other processes
+        if signals:  # Ctrl-C reaches the C++ compiler, too, and torchrun ends other processes
             fail(f"stopped within a step; {again} continues from the checkpoint before",
-                 128 + stop.signum)
+                 128 + signals[0])
         if not is_out_of_memory(e):
             raise
         fail("out of memory: lower --micro_batch_size or --block_size")
@@ -987,7 +980,7 @@ def main(argv):
     code = 0
     written = f"{out / f'step_{run.step:06d}.pt'} is written{hint_of_best(out, run.state())}"
     if run.step < run.config.max_steps:
-        code = 128 + (stop.signum or signal.SIGTERM)  # (another process had the signal)
+        code = 128 + (signals or [signal.SIGTERM])[0]  # (another process had one)
         show(f"stopped at step {run.step}; {written}. Resume with: {again}")
     else:
         show(f"done at step {run.step}; {written}. "
