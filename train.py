@@ -341,11 +341,11 @@ def train(run, log, signals):
 class Run:
     """The config, data and device of a run, and all that a checkpoint has to hold of it."""
 
-    COUNTERS = ("step", "epoch", "sequence", "tokens", "seconds", "best")
+    COUNTERS = {"step": int, "epoch": int, "sequence": int, "tokens": int, "seconds": float}
 
     def __init__(self, config, model, data, device, dtype, is_compiled=False):
-        self.config, self.data, self.device, self.dtype = config, data, device, dtype
-        self.is_compiled = is_compiled
+        self.config, self.data, self.out = config, data, Path(config.out_dir)
+        self.device, self.dtype, self.is_compiled = device, dtype, is_compiled
         self.model = self.net = model.to(device)  # net: compiled, wrapped; never saved
         self.parameters = list(model.parameters())
         self.size = sum(p.numel() for p in self.parameters)
@@ -373,9 +373,10 @@ class Run:
     def state(self):
         counters = {name: getattr(self, name) for name in self.COUNTERS}
         optimizers = {name: optimizer.state_dict() for name, optimizer in self.optimizers.items()}
-        return {**counters, "model": self.model.state_dict(), **optimizers,
-                "scaler": self.scaler.state_dict(), "config": asdict(self.config),
-                "data": self.data.fingerprint(), "machine": self.machine()}
+        return counters | optimizers | {
+            "best": self.best, "model": self.model.state_dict(),
+            "scaler": self.scaler.state_dict(), "config": asdict(self.config),
+            "data": self.data.fingerprint(), "machine": self.machine()}
 
     def machine(self):
         """What the bits of a run depend on, besides its config and its data."""
@@ -389,13 +390,12 @@ class Run:
     def load(self, state):
         """Takes over a checkpoint's dict, but for what the config says of rates and decays."""
         self.model.load_state_dict(state["model"])
-        for name in self.COUNTERS:
+        for name in [*self.COUNTERS, "best"]:
             setattr(self, name, state[name])
         for name, optimizer in self.optimizers.items():
-            groups = optimizer.state_dict()["param_groups"]
-            optimizer.load_state_dict({**state[name], "param_groups": groups})
-        if state["scaler"]:  # it is empty but after fp16
-            self.scaler.load_state_dict(state["scaler"])
+            optimizer.load_state_dict(optimizer.state_dict() | {"state": state[name]["state"]})
+        # It is empty but after fp16.
+        self.scaler.load_state_dict(state["scaler"] or self.scaler.state_dict())
         if len(state["rng"]) == WORLD_SIZE:
             set_rng_state(state["rng"][RANK])
         is_other_text = state["data"] != self.data.fingerprint()
@@ -409,17 +409,16 @@ class Run:
 # ------------------------------------------------------------------------------------- log and stop
 
 
-def show(text, file=None):
+def show(text):
     """Prints above the progress bar; of several processes only the first one does."""
     if RANK == 0:
-        tqdm.write(text, file=file)
+        tqdm.write(text)
 
 
 def write_sample(run):
     """Continues the first held-out tokens; writes the text to out_dir/samples and returns it."""
-    out = Path(run.config.out_dir)
     try:
-        tokenizer, _ = prepare.open_tokenizer(out / "tokenizer")
+        tokenizer, _ = prepare.open_tokenizer(run.out / "tokenizer")
     except ValueError as e:  # no reason to lose a run
         return f"none: {e}"
     # A generator of its own: training draws from the others.
@@ -430,7 +429,7 @@ def write_sample(run):
         new = generate(run.model, prompt, length, temperature=0.8, top_k=50, generator=generator)
         ids = prompt[0].tolist() + [token.item() for token in new]
     text = tokenizer.decode(ids, skip_special_tokens=False)
-    path = out / "samples" / f"step_{run.step:06d}.txt"
+    path = run.out / "samples" / f"step_{run.step:06d}.txt"
     path.parent.mkdir(exist_ok=True)
     path.write_text(text, encoding="utf-8")
     return text
@@ -444,14 +443,13 @@ class Log:
         self.bar = tqdm(total=run.config.max_steps, initial=run.step, dynamic_ncols=True,
                         disable=None, bar_format="{percentage:3.0f}%|{bar}| "  # None: no terminal
                         "{n_fmt}/{total_fmt}, {remaining} left{postfix}")
-        self.metrics = open(Path(run.config.out_dir, "metrics.jsonl"), "a+b", buffering=0)
+        self.metrics = open(run.out / "metrics.jsonl", "a+b", buffering=0)
         size = self.metrics.seek(0)
-        for line in self.metrics.read().splitlines(keepends=True):
-            step = re.match(rb'{"step": (\d+),.*\n', line)
-            if not step or int(step[1]) > run.step:
-                break  # torn by a kill, or beyond the checkpoint
-            size += len(line)
-        self.metrics.truncate(size)
+        for step in re.finditer(rb'{"step": (\d+),.*\n', self.metrics.read()):
+            if int(step[1]) > run.step:
+                break
+            size = step.end()
+        self.metrics.truncate(size)  # what is beyond the checkpoint, or torn by a kill
 
     def step(self, row, run):
         line = json.dumps(row).encode() + b"\n"
@@ -503,8 +501,8 @@ def catch_signals(signals):
 
 DIGEST_MARK = b"sha256:"
 TAIL = len(DIGEST_MARK) + 32
-CONTENT = {"step": int, "epoch": int, "sequence": int, "tokens": int, "seconds": float,
-           "val_loss": float, "train": str, "val": str, "tokenizer": str, "machine": dict}
+CONTENT = Run.COUNTERS | {"machine": dict, "train": str, "val": str, "tokenizer": str,
+                          "best": int, "val_loss": float}
 
 
 def digest(raw):
@@ -542,10 +540,9 @@ def read_checkpoint(path, **kwargs):
             raise ValueError("its sha256 does not fit")
         state = torch.load(path, map_location="cpu", weights_only=True, **kwargs)
         model_of(TrainConfig(**state["config"]), state["model"])  # raises for other names or shapes
-        types = {**CONTENT, **{name: KEYS[name].type for name in state["config"]}}
-        best = state["best"] or {"val_loss": 0.0}
-        found = {**state, **state["data"], **state["config"], **best}
-        for name, kind in types.items():
+        best = state["best"] or {"step": 0, "val_loss": 0.0}
+        found = best | state | state["data"] | state["config"] | {"best": best["step"]}
+        for name, kind in (CONTENT | {name: KEYS[name].type for name in state["config"]}).items():
             if type(found[name]) is not kind or kind is int and found[name] < 0:
                 raise TypeError(f"{name} = {found[name]!r:.60}")
     except Exception as e:  # a stranger's file can be wrong in any way
@@ -571,9 +568,9 @@ def load_checkpoint(source, **kwargs):
     where none is whole."""
     source = Path(source)
     if source.name == "best" and not source.exists():
-        source, state = source.parent, load_checkpoint(source.parent, mmap=True)[1]
+        source, state = load_checkpoint(source.parent, mmap=True)
         if state["best"]:  # else nothing was evaluated, and the newest is as good as any
-            source = source / f"step_{state['best']['step']:06d}.pt"
+            source = source.with_name(f"step_{state['best']['step']:06d}.pt")
             if not source.exists():
                 raise ValueError(f"the checkpoint of the best step is gone: {source}")
     paths = checkpoints(source)[::-1] if source.is_dir() else [source]
@@ -583,7 +580,7 @@ def load_checkpoint(source, **kwargs):
         try:
             return path, read_checkpoint(path, **kwargs)
         except ValueError as e:
-            show(str(e), file=sys.stderr)
+            prepare.log(e)
     raise ValueError(f"no whole checkpoint in {source}")
 
 
@@ -623,11 +620,10 @@ def set_rng_state(state):
 def save(run, log):
     """Writes a checkpoint, then deletes all but keep_checkpoints of the newest, and the best."""
     rng = of_all(rng_state())
-    if RANK == 0:
-        out = Path(run.config.out_dir)
+    if log:
         os.fsync(log.metrics.fileno())  # before a checkpoint says that these steps are done
-        write_checkpoint(out / f"step_{run.step:06d}.pt", {**run.state(), "rng": rng})
-        for path in checkpoints(out)[:-run.config.keep_checkpoints]:  # (0 keeps all: [:-0] is [])
+        write_checkpoint(run.out / f"step_{run.step:06d}.pt", {**run.state(), "rng": rng})
+        for path in checkpoints(run.out)[:-run.config.keep_checkpoints]:  # (0: all)
             if not run.best or step_of(path) != run.best["step"]:
                 path.unlink()
 
@@ -663,7 +659,9 @@ def set_up_machine(config):
         # Nothing here reads memory that it did not write: filling it would only cost time.
         torch.utils.deterministic.fill_uninitialized_memory = False
     problem = compiler_problem(device) if config.compile else "as asked"
-    compiled = f"not compiled ({problem})" if problem else "compiled (up to a minute in the first step and evaluation)"
+    compiled = "compiled (up to a minute in the first step and evaluation)"
+    if problem:
+        compiled = f"not compiled ({problem})"
     show(f"device   {device}, threads {torch.get_num_threads()}, processes {WORLD_SIZE}, "
          f"{str(dtype)[6:]} ({reason}), {compiled}")
     return device, dtype, problem is None
