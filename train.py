@@ -697,19 +697,20 @@ def read_recipe(path):
         fail(f"cannot read the recipe {path}: {prepare.first_line(e)}{hint}", 2)
     words = []
     for node in tree.body:
-        value, targets = getattr(node, "value", None), getattr(node, "targets", [])
-        if isinstance(node, ast.Expr) and isinstance(value, ast.Constant):
-            continue  # a docstring
-        if not isinstance(value, ast.Constant) or [type(t) for t in targets] != [ast.Name]:
-            fail(f"{path}, line {node.lineno}: a recipe holds plain assignments only, like "
-                 "batch_size = 4", 2)
-        words.append(f"--{targets[0].id}={value.value}")
+        match node:
+            case ast.Assign([ast.Name(name)], ast.Constant(value)):
+                words.append(f"--{name}={value}")
+            case ast.Expr(ast.Constant()):
+                pass  # a docstring
+            case _:
+                fail(f"{path}, line {node.lineno}: a recipe holds plain assignments only, like "
+                     "batch_size = 4", 2)
     return words
 
 
 def parse_args(argv):
-    """(overrides, typed, args): the keys set by the recipe and, over it, by argv; the names of
-    those that argv sets; the other flags."""
+    """(overrides, typed, resume): the keys set by the recipe and, over it, by argv; the names of
+    those that argv sets; what to resume from: True for out_dir, auto, a path, or None."""
     parser = prepare.new_parser("train.py", __doc__)
     parser.add_argument("recipe", nargs="?", help="a file of plain assignments to the keys below")
     parser.add_argument("--resume", nargs="?", const=True, type=prepare.typed_path,
@@ -727,32 +728,30 @@ def parse_args(argv):
         args, rest = parser.parse_known_args(argv)
     if rest:
         name = rest[0].lstrip("-").partition("=")[0]
-        near = difflib.get_close_matches(name, KEYS, 1)
-        hint = f"did you mean --{near[0]}?" if near else "--help lists what there is"
-        fail(f"there is no option {rest[0]}: {hint}", 2)
+        near = difflib.get_close_matches(name, KEYS, 1) or ["help"]
+        fail(f"there is no option {rest[0]}: did you mean --{near[0]}?", 2)
     if str(args.resume).endswith(".py"):
         fail(f"--resume {args.resume}: that is a recipe; write train.py {args.resume} --resume", 2)
-    return {name: getattr(args, name) for name in KEYS if hasattr(args, name)}, typed, args
+    return {name: value for name, value in vars(args).items() if name in KEYS}, typed, args.resume
+
+
+RULES = """hidden_size % (2 * num_attention_heads) == 0
+num_attention_heads % num_key_value_heads == 0
+block_size <= max_position_embeddings
+batch_size % (processes * (micro_batch_size or 1)) == 0
+min_lr <= learning_rate
+beta1 < 1
+beta2 < 1"""
 
 
 def check(config, world_size=WORLD_SIZE):
-    """Ends the program, naming all values that do not fit each other."""
-    c, share = config, config.batch_size // world_size
-    rules = {
-        f"hidden_size = {c.hidden_size}: not a multiple of 2 * num_attention_heads = "
-        f"{2 * c.num_attention_heads}": c.hidden_size % (2 * c.num_attention_heads),
-        f"num_attention_heads = {c.num_attention_heads}: not a multiple of num_key_value_heads = "
-        f"{c.num_key_value_heads}": c.num_attention_heads % c.num_key_value_heads,
-        f"block_size = {c.block_size}: more than max_position_embeddings = "
-        f"{c.max_position_embeddings}": c.block_size > c.max_position_embeddings,
-        f"batch_size = {c.batch_size}: not a multiple of {world_size} processes":
-            c.batch_size % world_size,
-        f"micro_batch_size = {c.micro_batch_size}: does not divide the {share} sequences of a "
-        "process": c.micro_batch_size and share % c.micro_batch_size,
-        f"min_lr = {c.min_lr}: more than learning_rate = {c.learning_rate}":
-            c.min_lr > c.learning_rate,
-        f"beta1 = {c.beta1}, beta2 = {c.beta2}: must be less than 1": max(c.beta1, c.beta2) >= 1}
-    wrong = [text for text, is_broken in rules.items() if is_broken]
+    """Ends the program, naming all values that do not fit each other, and the rules."""
+    found, wrong = asdict(config) | {"processes": world_size}, []
+    for rule in RULES.splitlines():
+        if not eval(rule, {}, found):
+            names = [name for name in re.findall(r"[a-z]\w+", rule) if name in found]
+            values = ", ".join(f"{name} = {found[name]}" for name in names)
+            wrong.append(f"{values}: {rule} must hold")
     if wrong:
         fail("; ".join(wrong), 2)
 

@@ -47,7 +47,7 @@ test_train::test_the_learning_rate_warms_up_follows_a_cosine_and_stays_at_the_mi
   train: the warm-up counts as decay | (step - warmup) / (end - warmup) | step / end
   train: min_lr is not held | return lowest | return 0.0
 test_train::test_what_one_types_wrong_is_one_line_and_exit_2
-  train: a rate below min_lr climbs | c.min_lr > c.learning_rate | False
+  train: a rate below min_lr climbs | min_lr <= learning_rate | True
 test_train::test_weight_decay_is_on_matrices_only_and_the_optimizer_has_every_parameter
   train: the norms decay, too | "weight_decay": 0.0} | "weight_decay": config.weight_decay}
 test_train::test_muon_brings_singular_values_near_one_and_none_far_beyond
