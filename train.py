@@ -23,8 +23,9 @@ import sys
 import time
 import warnings
 from concurrent.futures import ThreadPoolExecutor
+from configparser import ConfigParser
 from contextlib import suppress
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from functools import lru_cache, partial
 from pathlib import Path
@@ -49,8 +50,7 @@ from model import (SmolLM2, SmolLM2Config, compiler_problem, from_pretrained, ge
 class TrainConfig(SmolLM2Config):
     """Every key of a recipe and of the command line; the model's sizes are inherited.
 
-    zero: the value may be 0 or empty. free: a resumed run may change it without a word. (Whether
-    another device, dtype or thread count changes the bits, Run.machine tells.)"""
+    zero: the value may be 0 or empty. free: a resumed run may change it without a word."""
     # the run
     out_dir: str = key("out", "where checkpoints, metrics and samples are written", free=True)
     data_dir: str = key("data/shakespeare", "made by prepare.py or tools.corpus", free=True)
@@ -83,18 +83,18 @@ class TrainConfig(SmolLM2Config):
     checkpoint_interval: int = key(250, "a checkpoint; every end makes one", zero=True, free=True)
     keep_checkpoints: int = key(2, "newest kept besides the best (0: all)", zero=True, free=True)
     # the machine
-    device: str = key("auto", "auto, cpu, cuda, cuda:1, mps", free=True)
-    dtype: str = key("auto", "of the products; weights and optimizer stay float32", free=True,
+    device: str = key("auto", "auto, cpu, cuda, cuda:1, mps")
+    dtype: str = key("auto", "of the products; weights and optimizer stay float32",
                      choices=("auto", "float32", "bfloat16", "float16"))
-    compile: bool = key(True, "torch.compile, where it works", free=True, choices=(True, False))
+    compile: bool = key(True, "torch.compile, where it works", choices=(True, False))
     deterministic: bool = key(True, "the same bits in every run; costs speed on a GPU",
                               choices=(True, False))
 
 
 RANK = int(os.environ.get("RANK", 0))  # which of WORLD_SIZE processes this is, by torchrun
 WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
-KEYS = {f.name: f for f in fields(TrainConfig)}
-SIZES = [f.name for f in fields(SmolLM2Config) if f.name != "initializer_range"]
+KEYS = TrainConfig.__dataclass_fields__
+SIZES = [name for name in SmolLM2Config.__dataclass_fields__ if name != "initializer_range"]
 
 # ---------------------------------------------------------------------------- the order of the data
 
@@ -346,10 +346,12 @@ class Run:
     def __init__(self, config, model, data, device, dtype, is_compiled=False):
         self.config, self.data, self.out = config, data, Path(config.out_dir)
         self.device, self.dtype, self.is_compiled = device, dtype, is_compiled
-        self.model = self.net = model.to(device)  # net: compiled, wrapped; never saved
-        self.parameters = list(model.parameters())
+        torch.manual_seed(config.seed)
+        self.model = (model or SmolLM2(config)).to(device)
+        self.net = self.model  # as it is called: compiled, wrapped; never saved
+        self.parameters = list(self.model.parameters())
         self.size = sum(p.numel() for p in self.parameters)
-        self.optimizers = make_optimizers(model, config, dtype)
+        self.optimizers = make_optimizers(self.model, config, dtype)
         self.scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
         self.autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
         self.step = 0  # optimizer steps done
@@ -371,24 +373,29 @@ class Run:
         self.step += 1
 
     def state(self):
+        """All that a checkpoint holds but for the random generators, see save."""
         counters = {name: getattr(self, name) for name in self.COUNTERS}
         optimizers = {name: optimizer.state_dict() for name, optimizer in self.optimizers.items()}
-        return counters | optimizers | {
-            "best": self.best, "model": self.model.state_dict(),
-            "scaler": self.scaler.state_dict(), "config": asdict(self.config),
-            "data": self.data.fingerprint(), "machine": self.machine()}
-
-    def machine(self):
-        """What the bits of a run depend on, besides its config and its data."""
         name = torch.backends.cpu.get_cpu_capability()
         if self.device.type == "cuda":
             name = torch.cuda.get_device_name(self.device)
-        return {"torch": str(torch.__version__), "compile": self.is_compiled,
-                "device": f"{self.device.type} ({name})", "dtype": str(self.dtype)[6:],
-                "threads": torch.get_num_threads(), "processes": WORLD_SIZE}
+        machine = {"torch": str(torch.__version__), "compile": self.is_compiled,
+                   "device": f"{self.device.type} ({name})", "dtype": str(self.dtype)[6:],
+                   "threads": torch.get_num_threads(), "processes": WORLD_SIZE}
+        return {**counters, "best": self.best, "model": self.model.state_dict(), **optimizers,
+                "scaler": self.scaler.state_dict(), "config": asdict(self.config),
+                "data": self.data.fingerprint(), "machine": machine}
 
     def load(self, state):
-        """Takes over a checkpoint's dict, but for what the config says of rates and decays."""
+        """Takes over a checkpoint's dict, but for what the config says of rates and decays.
+
+        Says what is no longer as it was there, so that the bits cannot be the same."""
+        old, new = conditions(state), conditions(self.state())
+        free = [name for name, f in KEYS.items() if f.metadata.get("free")]
+        changes = [f"{name} {old.get(name)} → {new[name]}" for name in sorted(new.keys() - free)
+                   if old.get(name) != new[name]]
+        if changes:
+            show(f"no longer the same run to the bit, since these differ: {', '.join(changes)}")
         self.model.load_state_dict(state["model"])
         for name in [*self.COUNTERS, "best"]:
             setattr(self, name, state[name])
@@ -404,6 +411,12 @@ class Run:
             self.sequence = 0
         if is_other_text or state["config"]["eval_tokens"] != self.config.eval_tokens:
             self.best = None  # losses of other texts do not compare
+
+
+def conditions(state):
+    """What a run depends on, by its state: the keys, over them what a machine made of them."""
+    config = asdict(TrainConfig(**state["config"]))  # (a key that is new since has its default)
+    return config | state["machine"] | {"data": state["data"]["train"]}
 
 
 # ------------------------------------------------------------------------------------- log and stop
@@ -427,8 +440,8 @@ def write_sample(run):
     length = min(100, run.config.max_position_embeddings - prompt.size(1))
     with run.autocast:
         new = generate(run.model, prompt, length, temperature=0.8, top_k=50, generator=generator)
-        ids = prompt[0].tolist() + [token.item() for token in new]
-    text = tokenizer.decode(ids, skip_special_tokens=False)
+        ids = torch.cat([prompt[0], *new])
+    text = tokenizer.decode(ids.tolist(), skip_special_tokens=False)
     path = run.out / "samples" / f"step_{run.step:06d}.txt"
     path.parent.mkdir(exist_ok=True)
     path.write_text(text, encoding="utf-8")
@@ -439,7 +452,6 @@ class Log:
     """What is shown and kept of each step: a bar or lines, and metrics.jsonl, an object a step."""
 
     def __init__(self, run):
-        self.first_step = run.step + 1
         self.bar = tqdm(total=run.config.max_steps, initial=run.step, dynamic_ncols=True,
                         disable=None, bar_format="{percentage:3.0f}%|{bar}| "  # None: no terminal
                         "{n_fmt}/{total_fmt}, {remaining} left{postfix}")
@@ -456,27 +468,21 @@ class Log:
         while line:  # the last bytes of a disk take a part of it, and the next write then raises
             line = line[self.metrics.write(line):]
         if "val_loss" in row:
-            self.held_out(row["val_loss"], run)
-        speed = row["tokens_per_sec"]
+            loss, meta = row["val_loss"], run.data.meta
+            bits = loss / math.log(2) * meta["val_tokens"] / max(1, meta["val_bytes"])
+            note = " (on STAND-IN data)" if meta["stand_in"] else ""
+            show(f"step {run.step}: held-out loss {loss:.4f}, {bits:.4f} bits per byte, perplexity "
+                 f"{math.exp(min(loss, 99)):.2f}; best {run.best['val_loss']:.4f} at step "
+                 f"{run.best['step']}{note}")
+        speed, steps = row["tokens_per_sec"], run.config.max_steps
         text = f"loss {row['loss']:.4f}, {speed:,.0f} tok/s"
-        if shutil.get_terminal_size().columns >= 120:
-            text += f", lr {row['lr']:.2e}, norm {row['grad_norm'] or math.inf:.2f}"
         self.bar.set_postfix_str(text, refresh=False)
         self.bar.update()
-        is_shown = run.step == self.first_step or is_due(run.step, run.config.log_interval)
-        if is_shown and self.bar.disable:
-            if run.step > self.first_step:  # (which has compiled, and tells nothing of the rest)
-                tokens_left = (run.config.max_steps - run.step) * row["tokens"] / run.step
-                text += f", {tqdm.format_interval(tokens_left / speed)} left"
-            show(f"step {run.step}/{run.config.max_steps}: {text}")
-
-    def held_out(self, loss, run):
-        meta = run.data.meta
-        bits = loss / math.log(2) * meta["val_tokens"] / max(1, meta["val_bytes"])
-        note = " (on STAND-IN data)" if meta["stand_in"] else ""
-        show(f"step {run.step}: held-out loss {loss:.4f}, {bits:.4f} bits per byte, perplexity "
-             f"{math.exp(min(loss, 99)):.2f}; best {run.best['val_loss']:.4f} at step "
-             f"{run.best['step']}{note}")
+        if self.bar.disable and (run.step == 1 or is_due(run.step, run.config.log_interval)):
+            if run.step > 1:  # (the first one compiles, and tells nothing of the rest)
+                seconds = (steps - run.step) * row["tokens"] / run.step / speed
+                text += f", {tqdm.format_interval(seconds)} left"
+            show(f"step {run.step}/{steps}: {text}")
 
 
 def catch_signals(signals):
@@ -642,7 +648,7 @@ def set_up_machine(config):
         torch.cuda.set_device(device)
         if dtype != torch.float32:
             torch.set_float32_matmul_precision("high")  # TF32, for the little that is not half
-    if device.type == "cpu":
+    else:
         keep_freed_memory()
     if WORLD_SIZE > 1:
         patience = timedelta(minutes=30)  # the first process may be preparing data
@@ -672,15 +678,12 @@ def set_up_machine(config):
 fail = partial(prepare.fail, "train.py")  # code 1; 2 for what the user typed
 
 
-def typed_bool(text):
-    return {"true": True, "1": True, "false": False, "0": False}.get(text.lower(), text)
-
-
 def reader(f):
     """The function that makes a value for the config's field f of a text, as argparse wants it."""
     may_be_zero = f.metadata.get("zero")
     if f.type is bool:
-        return typed_bool  # (choices refuse what it cannot read)
+        # (What it cannot read, the choices refuse.)
+        return lambda text: ConfigParser.BOOLEAN_STATES.get(text.lower(), text)
     if f.type is str:
         return os.path.expanduser if may_be_zero else prepare.typed_path
     smallest = 1 if f.type is int else 1e-12
@@ -692,7 +695,7 @@ def read_recipe(path):
     warnings.simplefilter("ignore", SyntaxWarning)  # what is wrong is said below, in one line
     try:
         tree = ast.parse(Path(path).read_text(encoding="utf-8"))
-    except (OSError, SyntaxError, ValueError, RecursionError, MemoryError) as e:
+    except Exception as e:  # a file can be wrong in any way
         hint = f"; did you mean --{path}?" if "=" in path else ""
         fail(f"cannot read the recipe {path}: {prepare.first_line(e)}{hint}", 2)
     words = []
@@ -709,8 +712,8 @@ def read_recipe(path):
 
 
 def parse_args(argv):
-    """(overrides, typed, resume): the keys set by the recipe and, over it, by argv; the names of
-    those that argv sets; what to resume from: True for out_dir, auto, a path, or None."""
+    """(overrides, is_data_typed, resume): the keys set by the recipe and, over it, by argv; whether
+    argv sets data_dir; what to resume from: True for out_dir, auto, a path, or None."""
     parser = prepare.new_parser("train.py", __doc__)
     parser.add_argument("recipe", nargs="?", help="a file of plain assignments to the keys below")
     parser.add_argument("--resume", nargs="?", const=True, type=prepare.typed_path,
@@ -722,7 +725,7 @@ def parse_args(argv):
                            choices=f.metadata.get("choices"), metavar=f.type.__name__.upper(),
                            help=f"{f.metadata['help']} [{f.default}]")
     args, rest = parser.parse_known_args(argv)
-    typed = vars(args).keys()
+    is_data_typed = "data_dir" in args
     if args.recipe:
         argv = read_recipe(args.recipe) + argv  # later words win
         args, rest = parser.parse_known_args(argv)
@@ -732,7 +735,8 @@ def parse_args(argv):
         fail(f"there is no option {rest[0]}: did you mean --{near[0]}?", 2)
     if str(args.resume).endswith(".py"):
         fail(f"--resume {args.resume}: that is a recipe; write train.py {args.resume} --resume", 2)
-    return {name: value for name, value in vars(args).items() if name in KEYS}, typed, args.resume
+    overrides = {name: value for name, value in vars(args).items() if name in KEYS}
+    return overrides, is_data_typed, args.resume
 
 
 RULES = """hidden_size % (2 * num_attention_heads) == 0
@@ -759,22 +763,22 @@ def check(config, world_size=WORLD_SIZE):
 # ------------------------------------------------------------------------------------ start and end
 
 
-def find_run(overrides, args):
+def find_run(overrides, resume):
     """(out, source): the folder of the run, and what to resume from (None: nothing)."""
-    out = Path(overrides.get("out_dir", TrainConfig.out_dir))
-    source = out if args.resume in (True, "auto") else None
-    if args.resume == "auto" and not checkpoints(out):
+    named = overrides.get("out_dir")
+    out = source = Path(named or TrainConfig.out_dir)
+    if resume not in (None, True, "auto"):
+        source = Path(resume)
+        out = source if source.is_dir() else source.parent
+        if named and out.resolve() != Path(named).resolve():
+            fail(f"--resume={source} continues in {out}, not in out_dir = {named}: give one", 2)
+    overrides["out_dir"] = str(out)
+    is_run = checkpoints(out)
+    if not resume or resume == "auto" and not is_run:
         source = None
-    elif args.resume and not source:
-        source = Path(args.resume)
-        folder = source if source.is_dir() else source.parent
-        if "out_dir" in overrides and folder.resolve() != out.resolve():
-            fail(f"--resume={source} continues in {folder}, not in out_dir = {out}: give one", 2)
-        out = folder
-    ours = ("metrics.jsonl", "samples", "tokenizer", "superseded")
-    foreign = [name for name in ours if (out / name).exists()]
-    if foreign and not (out / "run.json").exists() and not checkpoints(out):
-        fail(f"out_dir = {out} holds files of something else ({foreign[0]}): choose another", 2)
+    for name in ("metrics.jsonl", "samples", "tokenizer"):
+        if (out / name).exists() and not is_run and not (out / "run.json").exists():
+            fail(f"out_dir = {out} holds {name} of something else: choose another", 2)
     return out, source
 
 
@@ -801,18 +805,18 @@ def load_run(out, source, overrides):
             fail(f"init_from: {e}")
         base, fixed = TrainConfig(**asdict(model.config)), SIZES
         if Path(source).is_dir():  # elsewhere its name could be one of the hub's
-            overrides = {**overrides, "init_from": str(Path(source).resolve())}
-    config = replace(base, **{**overrides, "out_dir": str(out)})
-    for name in fixed:
-        value, was = getattr(config, name), getattr(base, name)
-        if value != was:
+            overrides["init_from"] = os.path.abspath(source)
+    for name, value in overrides.items():
+        was = getattr(base, name)
+        if name in fixed and value != was:
             fail(f"{source} has {name} = {was}, not {value}: leave it out, or start another run in "
                  "another --out_dir")
+    config = replace(base, **overrides)
     config.lr_decay_steps = config.lr_decay_steps or config.max_steps
     return config, model, state
 
 
-def open_data(config, typed, state):
+def open_data(config):
     """Opens data_dir; makes the default one where it is missing. Ends the program if unfit."""
     folder = Path(config.data_dir)
     is_default = folder == Path(prepare.DEFAULT_OUT_DIR)
@@ -820,8 +824,7 @@ def open_data(config, typed, state):
         if RANK == 0 and is_default and not (folder / "meta.json").exists():
             show(f"{folder} is missing: preparing it")
             prepare.prepare(prepare.parse_args([]))
-        if WORLD_SIZE > 1:
-            dist.barrier()
+        of_all(None)  # the others wait for it
         data = prepare.open_data(folder)
     except FileNotFoundError:
         fail(f"data_dir = {config.data_dir!r} holds no prepared data: name another --data_dir, or "
@@ -833,55 +836,40 @@ def open_data(config, typed, state):
     if needed > config.vocab_size:
         fail(f"{folder} needs vocab_size = {needed}, not {config.vocab_size}: raise it, or prepare "
              "with another tokenizer")
-    if n <= T or len(data.val) < 2:
+    if n <= T:
         fail(f"{folder} has {n} training tokens, but block_size = {T} needs {T + 1}: lower it, or "
              "prepare more text")
-    new = data.fingerprint()
-    old = state["data"] if state else new
-    if old["tokenizer"] != new["tokenizer"]:
-        fail(f"{folder} has another tokenizer than this run, and its ids mean other texts: restore "
-             "the data, or start a new run in another --out_dir")
-    if old != new and "data_dir" not in typed:  # (a recipe's name does not tell of the change)
-        fail(f"{folder} is not the data that this run was trained on: restore it, or name it with "
-             f"--data_dir={shlex.quote(config.data_dir)} to continue all the same")
     return data
 
 
-def conditions(state):
-    """What the bits of a run depend on, as a checkpoint's dict tells it."""
-    config = asdict(TrainConfig(**state["config"]))  # (a key that is new since has its default)
-    fixed = {name: config[name] for name, f in KEYS.items() if not f.metadata.get("free")}
-    return {**fixed, **state["machine"], "data": state["data"]["train"]}
+def resume(run, state, is_data_typed):
+    """Lets the run go on from a checkpoint's dict. Ends the program if it cannot."""
+    folder, old, new = run.config.data_dir, state["data"], run.data.fingerprint()
+    if old["tokenizer"] != new["tokenizer"]:
+        fail(f"{folder} has another tokenizer than this run, and its ids mean other texts: restore "
+             "the data, or start a new run in another --out_dir")
+    if old != new and not is_data_typed:
+        fail(f"{folder} is not the data that this run was trained on: restore it, or name it with "
+             f"--data_dir={shlex.quote(folder)} to continue all the same")
+    try:
+        run.load(state)
+    except Exception as e:  # a stranger's file can be wrong in any way
+        fail(f"the checkpoint does not hold a run: {e!r}")
 
 
-def report_changes(state, run):
-    """Says what is no longer as the checkpoint had it, so that the bits cannot be the same."""
-    old, new = conditions(state), conditions(run.state())
-    changes = [f"{name} {old.get(name)} → {value}" for name, value in new.items()
-               if old.get(name) != value]
-    if changes:
-        show(f"no longer the same run to the bit, since these differ: {', '.join(sorted(changes))}")
-
-
-def set_up(out, source, overrides, typed):
+def set_up(out, source, overrides, is_data_typed):
     """The Run that the loop needs, as the checkpoint left it."""
     config, model, state = load_run(out, source, overrides)
     check(config)
     if state and state["step"] >= config.max_steps:
-        show(f"the run is finished: step {state['step']} of {config.max_steps}. Longer: "
-             f"{resume_command(out)} --max_steps={state['step'] + 1000}")
+        show(f"the run is finished: step {state['step']} of {config.max_steps}. Longer: python "
+             f"train.py --resume={shlex.quote(str(out))} --max_steps={state['step'] + 1000}")
         raise SystemExit(0)
     machine = set_up_machine(config)
-    data = open_data(config, typed, state)
-    torch.manual_seed(config.seed)
-    run = Run(config, model or SmolLM2(config), data, *machine)
+    run = Run(config, model, open_data(config), *machine)
     if state:
-        report_changes(state, run)
-        try:
-            run.load(state)
-        except Exception as e:  # a stranger's file can be wrong in any way
-            fail(f"the checkpoint does not hold a run: {e!r}")
-    mine = (run.step, data.fingerprint(), {**asdict(config), "out_dir": "", "data_dir": ""})
+        resume(run, state, is_data_typed)
+    mine = (run.step, run.data.fingerprint(), asdict(config) | {"out_dir": "", "data_dir": ""})
     starts = of_all(mine)
     if starts != [mine] * WORLD_SIZE:
         fail(f"the processes are at steps {[step for step, *_ in starts]}, or their data or "
@@ -896,27 +884,29 @@ def set_up(out, source, overrides, typed):
     return run
 
 
-def set_up_folder(out, run):
+def set_up_folder(run, lock):
     """Readies out_dir for a run at run.step: recipe, tokenizer; later checkpoints are set aside."""
-    config, tokenizer = run.config, run.data.folder / "tokenizer"
-    kept = config.keep_checkpoints if config.checkpoint_interval else 0
-    count = kept + 2  # the best, and the one that is being written
+    count = run.config.keep_checkpoints + 2  # the best, and the one that is being written
     need = count * 12 * run.size  # bytes: a weight and two means, in fp32
-    free = shutil.disk_usage(out).free + sum(path.stat().st_size for path in checkpoints(out))
-    if free < need:
-        fail(f"up to {count} checkpoints at a time need {need / 1e9:.1f} GB, but {out} has room for"
-             f" {free / 1e9:.1f}: free some, lower keep_checkpoints, or use another --out_dir")
-    for path in checkpoints(out):
+    disk, saved = run.out.resolve(), checkpoints(run.out)
+    while not disk.exists():
+        disk = disk.parent
+    room = shutil.disk_usage(disk).free + sum(path.stat().st_size for path in saved)
+    if room < need:
+        fail(f"up to {count} checkpoints at a time need {need / 1e9:.1f} GB, but {run.out} has room"
+             f" for {room / 1e9:.1f}: free some, lower keep_checkpoints, or use another --out_dir")
+    lock.acquire()  # (makes the folder)
+    for path in saved:
         if step_of(path) > run.step:
-            (out / "superseded").mkdir(exist_ok=True)
-            os.replace(path, out / "superseded" / path.name)
+            path.rename(f"{path}.superseded")
     code = shlex.quote(str(Path(__file__).parent))
     commit = subprocess.getoutput(f"git -C {code} rev-parse HEAD 2>{os.devnull}")  # "" without git
-    facts = {"command": shlex.join(sys.argv), "config": asdict(config), "git": commit,
-             "torch": str(torch.__version__), "python": sys.version.split()[0]}
-    (out / "run.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+    facts = {"command": shlex.join(sys.argv), "config": asdict(run.config), "git": commit,
+             "torch": torch.__version__, "python": sys.version.split()[0]}
+    (run.out / "run.json").write_text(json.dumps(facts, indent=2))
+    tokenizer = run.data.folder / "tokenizer"
     if tokenizer.is_dir():  # (of a resumed run it is the same)
-        shutil.copytree(tokenizer, out / "tokenizer", dirs_exist_ok=True)
+        shutil.copytree(tokenizer, run.out / "tokenizer", dirs_exist_ok=True)
 
 
 def show_banner(run):
@@ -930,29 +920,23 @@ data     {data.folder}{stand_in}: {len(data.train):,} training and {len(data.val
 model    {run.size:,} parameters
 run      steps {run.step} to {config.max_steps}, {B} x {T} = {B * T:,} tokens a step, \
 {epochs:.1f} epochs
-writes   {config.out_dir}/: checkpoints of {12 * run.size / 1e9:.2f} GB, metrics, samples""")
-
-
-def resume_command(out):
-    return f"python train.py --resume={shlex.quote(str(out))}"
+writes   {run.out}/: checkpoints of {12 * run.size / 1e9:.2f} GB, metrics, samples""")
 
 
 def main(argv):
     prepare.protect_streams()  # a closed pipe or a full disk loses lines, not steps
-    overrides, typed, args = parse_args(argv)
+    overrides, is_data_typed, resume = parse_args(argv)
+    out, source = find_run(overrides, resume)
+    again = f"python train.py --resume={shlex.quote(str(out))}"
     signals, log = [], None  # (the signals in the order in which they came)
-    out, source = find_run(overrides, args)
-    again = resume_command(out)
-    is_new = not out.exists()
     lock = filelock.FileLock(out / ".lock", timeout=0)  # until this process ends, however it ends
     try:
-        if RANK == 0 and out.exists():
+        if RANK == 0 and (out / ".lock").exists():
             lock.acquire()
-        run = set_up(out, source, overrides, typed)
+        run = set_up(out, source, overrides, is_data_typed)
         catch_signals(signals)
         if RANK == 0:
-            lock.acquire()  # (makes the folder)
-            set_up_folder(out, run)
+            set_up_folder(run, lock)
             show_banner(run)
             log = Log(run)
         train(run, log, signals)
@@ -968,12 +952,6 @@ def main(argv):
         if not is_out_of_memory(e):
             raise
         fail("out of memory: lower --micro_batch_size or --block_size")
-    finally:
-        with suppress(OSError):
-            if lock.is_locked:
-                (out / ".lock").unlink()  # while it is held: then nobody else can hold it
-            if is_new:
-                out.rmdir()  # of a start that failed: if there is anything in it, it stays
     code = 0
     written = f"{out / f'step_{run.step:06d}.pt'} is written{hint_of_best(out, run.state())}"
     if run.step < run.config.max_steps:

@@ -115,7 +115,7 @@ def test_the_bar_fits_the_terminal_and_tells_loss_speed_and_time_left(columns, d
     os.close(theirs)
     bars = [line for line in re.split(r"[\r\n]+", text.decode()) if "%|" in line]
     assert len(bars) > 3 and max(map(len, bars)) <= columns
-    for word in ("█", "/200", "loss", "tok/s", "left", *("lr", "norm") * (columns == 120)):
+    for word in ("█", "/200", "loss", "tok/s", "left"):
         assert word in bars[-1], bars[-1]
 
 
@@ -260,8 +260,8 @@ def test_from_an_older_checkpoint_the_steps_repeat_and_later_files_are_set_aside
         f.write(b'{"step": 9, "lo')  # torn by a kill
     assert resume_here("out/step_000004.pt").code == 0
     assert not lost_bits(eight_steps, finished)
-    aside = sorted(path.name for path in (finished / "superseded").iterdir())
-    assert aside == ["step_000006.pt", "step_000008.pt"]
+    aside = sorted(path.name for path in finished.glob("*.superseded"))
+    assert aside == ["step_000006.pt.superseded", "step_000008.pt.superseded"]
 
 
 def test_a_checkpoint_copied_alone_resumes_and_no_step_is_logged_twice(finished):

@@ -26,7 +26,7 @@ from tools.demo import main
 
 main({argv!r})
 """
-PRIVATE = shutil.ignore_patterns("run.json", ".lock", "samples", "superseded", "tensorboard")
+PRIVATE = shutil.ignore_patterns("run.json", ".lock", "samples", "*.superseded", "tensorboard")
 
 
 def write_space(folder, sources, models):
