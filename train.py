@@ -98,7 +98,6 @@ SIZES = [name for name in SmolLM2Config.__dataclass_fields__ if name != "initial
 
 # ---------------------------------------------------------------------------- the order of the data
 
-
 def blocks_per_epoch(n, T):
     return max(1, n // T - 1)  # one less than fit, to leave room for the offset
 
@@ -138,7 +137,6 @@ def get_batch(run):
 
 
 # ------------------------------------------------------------------- optimizer, step, held-out loss
-
 
 # Odd polynomials a x + b x^3 + c x^5, each the best for what the one before leaves, that bring
 # [0.01, 1] to [0.68, 1.32]. Amsel et al. 2025, "The Polar Express" (arXiv:2505.16932); with room
@@ -299,14 +297,16 @@ def evaluate(run):
 
 # ----------------------------------------------------------------------------------------- the loop
 
-
 def is_due(step, interval):
     return interval > 0 and step % interval == 0
 
 
-def train(run, log, signals):
+def train(run, signals):
     """From run.step to max_steps, or to the end of the step in which a signal came."""
     config, is_over = run.config, False
+    shape = "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt}, {remaining} left{postfix}"
+    bar = tqdm(total=config.max_steps, initial=run.step, dynamic_ncols=True, bar_format=shape,
+               disable=RANK > 0 or None)  # None: where there is no terminal
     while not is_over:
         began = time.perf_counter()
         factor = lr_factor(config, run.step)
@@ -320,22 +320,21 @@ def train(run, log, signals):
                "tokens": run.tokens, "seconds": run.seconds,
                "tokens_per_sec": config.batch_size * config.block_size / seconds}
 
+        is_saved = is_due(run.step, config.checkpoint_interval)
         if is_due(run.step, config.eval_interval):
             row["val_loss"] = evaluate(run)
             if not run.best or row["val_loss"] < run.best["val_loss"]:
                 run.best = {"step": run.step, "val_loss": row["val_loss"]}
-        if log:  # (of several processes only the first one has it)
-            log.step(row, run)
+                is_saved = config.checkpoint_interval > 0  # (if the run makes checkpoints at all)
+        if RANK == 0:
+            log_step(run, row, bar)
             if is_due(run.step, config.sample_interval):
                 show(f"--- sample at step {run.step}\n{write_sample(run)}\n---")
 
         is_over = run.step >= config.max_steps or sum_of_all(len(signals), run.device) > 0
-        # A best step is saved between two checkpoints, too, if the run makes checkpoints at all.
-        is_best = run.best and run.best["step"] == run.step and config.checkpoint_interval > 0
-        if is_over or is_best or is_due(run.step, config.checkpoint_interval):
-            save(run, log)
-    if log:
-        log.bar.close()
+        if is_over or is_saved:
+            save(run)
+    bar.close()
 
 
 class Run:
@@ -359,6 +358,7 @@ class Run:
         self.tokens = 0  # trained on so far
         self.seconds = 0.0  # spent in steps
         self.best = None  # {"step", "val_loss"} of the lowest held-out loss
+        self.metrics = None  # the open metrics.jsonl, in the first process
         random.seed(config.seed + RANK)
         np.random.seed((config.seed + RANK) % 2**32)
         torch.manual_seed(config.seed + RANK)
@@ -421,7 +421,6 @@ def conditions(state):
 
 # ------------------------------------------------------------------------------------- log and stop
 
-
 def show(text):
     """Prints above the progress bar; of several processes only the first one does."""
     if RANK == 0:
@@ -448,41 +447,39 @@ def write_sample(run):
     return text
 
 
-class Log:
-    """What is shown and kept of each step: a bar or lines, and metrics.jsonl, an object a step."""
+def open_metrics(run):
+    """Opens metrics.jsonl, an object a step; steps after run.step and what a kill tore are cut."""
+    file = open(run.out / "metrics.jsonl", "a+b", buffering=0)
+    size = file.seek(0)
+    for step in re.finditer(rb'{"step": (\d+),.*\n', file.read()):
+        if int(step[1]) > run.step:
+            break
+        size = step.end()
+    file.truncate(size)
+    return file
 
-    def __init__(self, run):
-        self.bar = tqdm(total=run.config.max_steps, initial=run.step, dynamic_ncols=True,
-                        disable=None, bar_format="{percentage:3.0f}%|{bar}| "  # None: no terminal
-                        "{n_fmt}/{total_fmt}, {remaining} left{postfix}")
-        self.metrics = open(run.out / "metrics.jsonl", "a+b", buffering=0)
-        size = self.metrics.seek(0)
-        for step in re.finditer(rb'{"step": (\d+),.*\n', self.metrics.read()):
-            if int(step[1]) > run.step:
-                break
-            size = step.end()
-        self.metrics.truncate(size)  # what is beyond the checkpoint, or torn by a kill
 
-    def step(self, row, run):
-        line = json.dumps(row).encode() + b"\n"
-        while line:  # the last bytes of a disk take a part of it, and the next write then raises
-            line = line[self.metrics.write(line):]
-        if "val_loss" in row:
-            loss, meta = row["val_loss"], run.data.meta
-            bits = loss / math.log(2) * meta["val_tokens"] / max(1, meta["val_bytes"])
-            note = " (on STAND-IN data)" if meta["stand_in"] else ""
-            show(f"step {run.step}: held-out loss {loss:.4f}, {bits:.4f} bits per byte, perplexity "
-                 f"{math.exp(min(loss, 99)):.2f}; best {run.best['val_loss']:.4f} at step "
-                 f"{run.best['step']}{note}")
-        speed, steps = row["tokens_per_sec"], run.config.max_steps
-        text = f"loss {row['loss']:.4f}, {speed:,.0f} tok/s"
-        self.bar.set_postfix_str(text, refresh=False)
-        self.bar.update()
-        if self.bar.disable and (run.step == 1 or is_due(run.step, run.config.log_interval)):
-            if run.step > 1:  # (the first one compiles, and tells nothing of the rest)
-                seconds = (steps - run.step) * row["tokens"] / run.step / speed
-                text += f", {tqdm.format_interval(seconds)} left"
-            show(f"step {run.step}/{steps}: {text}")
+def log_step(run, row, bar):
+    """Writes a row to metrics.jsonl, and shows it in the bar or, without a terminal, in lines."""
+    line = json.dumps(row).encode() + b"\n"
+    while line:  # the last bytes of a disk take a part of it, and the next write then raises
+        line = line[run.metrics.write(line):]
+    if "val_loss" in row:
+        loss, meta = row["val_loss"], run.data.meta
+        bits = loss / math.log(2) * meta["val_tokens"] / max(1, meta["val_bytes"])
+        note = " (on STAND-IN data)" if meta["stand_in"] else ""
+        show(f"step {run.step}: held-out loss {loss:.4f}, {bits:.4f} bits per byte, perplexity "
+             f"{math.exp(min(loss, 99)):.2f}; best {run.best['val_loss']:.4f} at step "
+             f"{run.best['step']}{note}")
+    speed, steps = row["tokens_per_sec"], run.config.max_steps
+    text = f"loss {row['loss']:.4f}, {speed:,.0f} tok/s"
+    bar.set_postfix_str(text, refresh=False)
+    bar.update()
+    if bar.disable and (run.step == 1 or is_due(run.step, run.config.log_interval)):
+        if run.step > 1:  # (the first one compiles, and tells nothing of the rest)
+            seconds = (steps - run.step) * row["tokens"] / run.step / speed
+            text += f", {tqdm.format_interval(seconds)} left"
+        show(f"step {run.step}/{steps}: {text}")
 
 
 def catch_signals(signals):
@@ -623,19 +620,18 @@ def set_rng_state(state):
         torch.cuda.set_rng_state_all(state["cuda"])
 
 
-def save(run, log):
+def save(run):
     """Writes a checkpoint, then deletes all but keep_checkpoints of the newest, and the best."""
     rng = of_all(rng_state())
-    if log:
-        os.fsync(log.metrics.fileno())  # before a checkpoint says that these steps are done
-        write_checkpoint(run.out / f"step_{run.step:06d}.pt", {**run.state(), "rng": rng})
+    if RANK == 0:
+        os.fsync(run.metrics.fileno())  # before a checkpoint says that these steps are done
+        write_checkpoint(run.out / f"step_{run.step:06d}.pt", run.state() | {"rng": rng})
         for path in checkpoints(run.out)[:-run.config.keep_checkpoints]:  # (0: all)
             if not run.best or step_of(path) != run.best["step"]:
                 path.unlink()
 
 
 # -------------------------------------------------------------------------------------- the machine
-
 
 def set_up_machine(config):
     """(device, dtype, whether to compile); joins the other processes, makes sums repeatable."""
@@ -715,22 +711,21 @@ def parse_args(argv):
     """(overrides, is_data_typed, resume): the keys set by the recipe and, over it, by argv; whether
     argv sets data_dir; what to resume from: True for out_dir, auto, a path, or None."""
     parser = prepare.new_parser("train.py", __doc__)
-    parser.add_argument("recipe", nargs="?", help="a file of plain assignments to the keys below")
-    parser.add_argument("--resume", nargs="?", const=True, type=prepare.typed_path,
-                        metavar="PATH", help="resume from the newest checkpoint in out_dir or the "
-                        "folder PATH, or from the file PATH; auto: if there is one")
-    group = parser.add_argument_group("keys, here or in a recipe")
+    add = parser.add_argument
+    add("recipe", nargs="?", type=read_recipe, default=[],
+        help="a file of plain assignments to the keys below")
+    add("--resume", nargs="?", const=True, type=prepare.typed_path, metavar="PATH",
+        help="resume from the newest checkpoint in out_dir or the folder PATH, or from the file "
+        "PATH; auto: if there is one")
     for f in KEYS.values():
-        group.add_argument(f"--{f.name}", type=reader(f), default=argparse.SUPPRESS,
-                           choices=f.metadata.get("choices"), metavar=f.type.__name__.upper(),
-                           help=f"{f.metadata['help']} [{f.default}]")
-    args, rest = parser.parse_known_args(argv)
+        add(f"--{f.name}", type=reader(f), default=argparse.SUPPRESS,
+            choices=f.metadata.get("choices"), metavar=f.type.__name__.upper(),
+            help=f"{f.metadata['help']} [{f.default}]")
+    args, _ = parser.parse_known_args(argv)
     is_data_typed = "data_dir" in args
-    if args.recipe:
-        argv = read_recipe(args.recipe) + argv  # later words win
-        args, rest = parser.parse_known_args(argv)
+    args, rest = parser.parse_known_args(args.recipe + argv)  # later words win
     if rest:
-        name = rest[0].lstrip("-").partition("=")[0]
+        name = rest[0].strip("-").partition("=")[0]
         near = difflib.get_close_matches(name, KEYS, 1) or ["help"]
         fail(f"there is no option {rest[0]}: did you mean --{near[0]}?", 2)
     if str(args.resume).endswith(".py"):
@@ -761,7 +756,6 @@ def check(config, world_size=WORLD_SIZE):
 
 
 # ------------------------------------------------------------------------------------ start and end
-
 
 def find_run(overrides, resume):
     """(out, source): the folder of the run, and what to resume from (None: nothing)."""
@@ -872,9 +866,8 @@ def set_up(out, source, overrides, is_data_typed):
     mine = (run.step, run.data.fingerprint(), asdict(config) | {"out_dir": "", "data_dir": ""})
     starts = of_all(mine)
     if starts != [mine] * WORLD_SIZE:
-        fail(f"the processes are at steps {[step for step, *_ in starts]}, or their data or "
-             "settings differ: every machine needs the same command, data_dir and (to resume) "
-             "out_dir")
+        fail(f"the processes are at steps {[step for step, *_ in starts]}, or their data or keys "
+             "differ: every machine needs the same command, data_dir and (to resume) out_dir")
     if run.is_compiled:
         is_one_pass = WORLD_SIZE == 1 and config.micro_batch_size in (0, config.batch_size)
         tokens = config.batch_size * config.block_size if is_one_pass else None
@@ -899,14 +892,15 @@ def set_up_folder(run, lock):
     for path in saved:
         if step_of(path) > run.step:
             path.rename(f"{path}.superseded")
-    code = shlex.quote(str(Path(__file__).parent))
-    commit = subprocess.getoutput(f"git -C {code} rev-parse HEAD 2>{os.devnull}")  # "" without git
+    commit = subprocess.getoutput(  # "" without git
+        f"git -C {shlex.quote(str(Path(__file__).parent))} rev-parse HEAD 2>{os.devnull}")
     facts = {"command": shlex.join(sys.argv), "config": asdict(run.config), "git": commit,
              "torch": torch.__version__, "python": sys.version.split()[0]}
     (run.out / "run.json").write_text(json.dumps(facts, indent=2))
     tokenizer = run.data.folder / "tokenizer"
     if tokenizer.is_dir():  # (of a resumed run it is the same)
         shutil.copytree(tokenizer, run.out / "tokenizer", dirs_exist_ok=True)
+    run.metrics = open_metrics(run)
 
 
 def show_banner(run):
@@ -928,7 +922,7 @@ def main(argv):
     overrides, is_data_typed, resume = parse_args(argv)
     out, source = find_run(overrides, resume)
     again = f"python train.py --resume={shlex.quote(str(out))}"
-    signals, log = [], None  # (the signals in the order in which they came)
+    signals = []  # in the order in which they came
     lock = filelock.FileLock(out / ".lock", timeout=0)  # until this process ends, however it ends
     try:
         if RANK == 0 and (out / ".lock").exists():
@@ -938,8 +932,7 @@ def main(argv):
         if RANK == 0:
             set_up_folder(run, lock)
             show_banner(run)
-            log = Log(run)
-        train(run, log, signals)
+        train(run, signals)
     except filelock.Timeout:
         fail(f"another process is training in {out}: wait for it, or choose another --out_dir")
     except (FloatingPointError, OSError) as e:
@@ -952,8 +945,8 @@ def main(argv):
         if not is_out_of_memory(e):
             raise
         fail("out of memory: lower --micro_batch_size or --block_size")
-    code = 0
-    written = f"{out / f'step_{run.step:06d}.pt'} is written{hint_of_best(out, run.state())}"
+    code, path = 0, out / f"step_{run.step:06d}.pt"
+    written = f"{path} is written{hint_of_best(out, run.state())}"
     if run.step < run.config.max_steps:
         code = 128 + (signals or [signal.SIGTERM])[0]  # (another process had one)
         show(f"stopped at step {run.step}; {written}. Resume with: {again}")
