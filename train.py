@@ -342,9 +342,9 @@ class Run:
 
     COUNTERS = {"step": int, "epoch": int, "sequence": int, "tokens": int, "seconds": float}
 
-    def __init__(self, config, model, data, device, dtype, is_compiled=False):
+    def __init__(self, config, model, data, device, dtype, machine=None):
         self.config, self.data, self.out = config, data, Path(config.out_dir)
-        self.device, self.dtype, self.is_compiled = device, dtype, is_compiled
+        self.device, self.machine = device, machine
         torch.manual_seed(config.seed)
         self.model = (model or SmolLM2(config)).to(device)
         self.net = self.model  # as it is called: compiled, wrapped; never saved
@@ -376,24 +376,18 @@ class Run:
         """All that a checkpoint holds but for the random generators, see save."""
         counters = {name: getattr(self, name) for name in self.COUNTERS}
         optimizers = {name: optimizer.state_dict() for name, optimizer in self.optimizers.items()}
-        name = torch.backends.cpu.get_cpu_capability()
-        if self.device.type == "cuda":
-            name = torch.cuda.get_device_name(self.device)
-        machine = {"torch": str(torch.__version__), "compile": self.is_compiled,
-                   "device": f"{self.device.type} ({name})", "dtype": str(self.dtype)[6:],
-                   "threads": torch.get_num_threads(), "processes": WORLD_SIZE}
         return {**counters, "best": self.best, "model": self.model.state_dict(), **optimizers,
                 "scaler": self.scaler.state_dict(), "config": asdict(self.config),
-                "data": self.data.fingerprint(), "machine": machine}
+                "data": self.data.fingerprint(), "machine": self.machine}
 
     def load(self, state):
         """Takes over a checkpoint's dict, but for what the config says of rates and decays.
 
         Says what is no longer as it was there, so that the bits cannot be the same."""
         old, new = conditions(state), conditions(self.state())
-        free = [name for name, f in KEYS.items() if f.metadata.get("free")]
-        changes = [f"{name} {old.get(name)} → {new[name]}" for name in sorted(new.keys() - free)
-                   if old.get(name) != new[name]]
+        changed = {name for name in new if old.get(name) != new[name]}
+        free = {name for name, f in KEYS.items() if f.metadata.get("free")}
+        changes = [f"{name} {old.get(name)} → {new[name]}" for name in sorted(changed - free)]
         if changes:
             show(f"no longer the same run to the bit, since these differ: {', '.join(changes)}")
         self.model.load_state_dict(state["model"])
@@ -405,18 +399,18 @@ class Run:
         self.scaler.load_state_dict(state["scaler"] or self.scaler.state_dict())
         if len(state["rng"]) == WORLD_SIZE:
             set_rng_state(state["rng"][RANK])
-        is_other_text = state["data"] != self.data.fingerprint()
-        if is_other_text or state["config"]["block_size"] != self.config.block_size:
+        if changed & {"data", "block_size"}:
             self.epoch += self.sequence > 0  # a place among other blocks: a new epoch begins
             self.sequence = 0
-        if is_other_text or state["config"]["eval_tokens"] != self.config.eval_tokens:
+        if changed & {"held-out data", "eval_tokens"}:
             self.best = None  # losses of other texts do not compare
 
 
 def conditions(state):
     """What a run depends on, by its state: the keys, over them what a machine made of them."""
     config = asdict(TrainConfig(**state["config"]))  # (a key that is new since has its default)
-    return config | state["machine"] | {"data": state["data"]["train"]}
+    data = {"data": state["data"]["train"], "held-out data": state["data"]["val"]}
+    return config | state["machine"] | data
 
 
 # ------------------------------------------------------------------------------------- log and stop
@@ -471,15 +465,14 @@ def log_step(run, row, bar):
         show(f"step {run.step}: held-out loss {loss:.4f}, {bits:.4f} bits per byte, perplexity "
              f"{math.exp(min(loss, 99)):.2f}; best {run.best['val_loss']:.4f} at step "
              f"{run.best['step']}{note}")
-    speed, steps = row["tokens_per_sec"], run.config.max_steps
-    text = f"loss {row['loss']:.4f}, {speed:,.0f} tok/s"
+    text = f"loss {row['loss']:.4f}, {row['tokens_per_sec']:,.0f} tok/s"
     bar.set_postfix_str(text, refresh=False)
     bar.update()
     if bar.disable and (run.step == 1 or is_due(run.step, run.config.log_interval)):
         if run.step > 1:  # (the first one compiles, and tells nothing of the rest)
-            seconds = (steps - run.step) * row["tokens"] / run.step / speed
-            text += f", {tqdm.format_interval(seconds)} left"
-        show(f"step {run.step}/{steps}: {text}")
+            tokens_left = (run.config.max_steps - run.step) * row["tokens"] / run.step
+            text += f", {tqdm.format_interval(tokens_left / row['tokens_per_sec'])} left"
+        show(f"step {run.step}/{run.config.max_steps}: {text}")
 
 
 def catch_signals(signals):
@@ -576,8 +569,8 @@ def load_checkpoint(source, **kwargs):
             source = source.with_name(f"step_{state['best']['step']:06d}.pt")
             if not source.exists():
                 raise ValueError(f"the checkpoint of the best step is gone: {source}")
-    paths = checkpoints(source)[::-1] if source.is_dir() else [source]
-    if not paths or not paths[0].exists():
+    paths = checkpoints(source)[::-1] or [source]
+    if not paths[0].is_file():
         raise FileNotFoundError(f"there is no checkpoint {source}")
     for path in paths:
         try:
@@ -634,7 +627,9 @@ def save(run):
 # -------------------------------------------------------------------------------------- the machine
 
 def set_up_machine(config):
-    """(device, dtype, whether to compile); joins the other processes, makes sums repeatable."""
+    """Chooses the device, joins the other processes, makes sums repeatable.
+
+    Returns (device, dtype, what the bits of a run depend on besides its config and its data)."""
     try:
         device, dtype, reason = pick_device(config.device, config.dtype)
     except ValueError as e:
@@ -664,9 +659,13 @@ def set_up_machine(config):
     compiled = "compiled (up to a minute in the first step and evaluation)"
     if problem:
         compiled = f"not compiled ({problem})"
-    show(f"device   {device}, threads {torch.get_num_threads()}, processes {WORLD_SIZE}, "
-         f"{str(dtype)[6:]} ({reason}), {compiled}")
-    return device, dtype, problem is None
+    name = torch.cuda.get_device_name(device) if on_gpu else torch.backends.cpu.get_cpu_capability()
+    machine = {"torch": str(torch.__version__), "device": f"{device.type} ({name})",
+               "threads": torch.get_num_threads(), "processes": WORLD_SIZE,
+               "dtype": str(dtype)[6:], "compile": problem is None}
+    show(f"device   {device}, threads {machine['threads']}, processes {WORLD_SIZE}, "
+         f"{machine['dtype']} ({reason}), {compiled}")
+    return device, dtype, machine
 
 
 # --------------------------------------------------------------------------------- the command line
@@ -728,8 +727,6 @@ def parse_args(argv):
         name = rest[0].strip("-").partition("=")[0]
         near = difflib.get_close_matches(name, KEYS, 1) or ["help"]
         fail(f"there is no option {rest[0]}: did you mean --{near[0]}?", 2)
-    if str(args.resume).endswith(".py"):
-        fail(f"--resume {args.resume}: that is a recipe; write train.py {args.resume} --resume", 2)
     overrides = {name: value for name, value in vars(args).items() if name in KEYS}
     return overrides, is_data_typed, args.resume
 
@@ -763,6 +760,8 @@ def find_run(overrides, resume):
     out = source = Path(named or TrainConfig.out_dir)
     if resume not in (None, True, "auto"):
         source = Path(resume)
+        if source.suffix == ".py":
+            fail(f"--resume {source}: that is a recipe; write train.py {source} --resume", 2)
         out = source if source.is_dir() else source.parent
         if named and out.resolve() != Path(named).resolve():
             fail(f"--resume={source} continues in {out}, not in out_dir = {named}: give one", 2)
@@ -868,7 +867,7 @@ def set_up(out, source, overrides, is_data_typed):
     if starts != [mine] * WORLD_SIZE:
         fail(f"the processes are at steps {[step for step, *_ in starts]}, or their data or keys "
              "differ: every machine needs the same command, data_dir and (to resume) out_dir")
-    if run.is_compiled:
+    if run.machine["compile"]:
         is_one_pass = WORLD_SIZE == 1 and config.micro_batch_size in (0, config.batch_size)
         tokens = config.batch_size * config.block_size if is_one_pass else None
         run.model.compile_for_training(tokens)
