@@ -320,19 +320,19 @@ def train(run, signals):
                "tokens": run.tokens, "seconds": run.seconds,
                "tokens_per_sec": config.batch_size * config.block_size / seconds}
 
-        is_saved = is_due(run.step, config.checkpoint_interval)
+        must_save = is_due(run.step, config.checkpoint_interval)
         if is_due(run.step, config.eval_interval):
             row["val_loss"] = evaluate(run)
             if not run.best or row["val_loss"] < run.best["val_loss"]:
                 run.best = {"step": run.step, "val_loss": row["val_loss"]}
-                is_saved = config.checkpoint_interval > 0  # (if the run makes checkpoints at all)
+                must_save = config.checkpoint_interval > 0  # (if the run makes checkpoints at all)
         if RANK == 0:
             log_step(run, row, bar)
             if is_due(run.step, config.sample_interval):
                 show(f"--- sample at step {run.step}\n{write_sample(run)}\n---")
 
-        is_over = run.step >= config.max_steps or sum_of_all(len(signals), run.device) > 0
-        if is_over or is_saved:
+        is_over = run.step >= config.max_steps or sum_of_all(len(signals), run.device)
+        if is_over or must_save:
             save(run)
     bar.close()
 
@@ -656,9 +656,7 @@ def set_up_machine(config):
         # Nothing here reads memory that it did not write: filling it would only cost time.
         torch.utils.deterministic.fill_uninitialized_memory = False
     problem = compiler_problem(device) if config.compile else "as asked"
-    compiled = "compiled (up to a minute in the first step and evaluation)"
-    if problem:
-        compiled = f"not compiled ({problem})"
+    compiled = f"not compiled ({problem})" if problem else "compiled (up to a minute at first)"
     name = torch.cuda.get_device_name(device) if on_gpu else torch.backends.cpu.get_cpu_capability()
     machine = {"torch": str(torch.__version__), "device": f"{device.type} ({name})",
                "threads": torch.get_num_threads(), "processes": WORLD_SIZE,
