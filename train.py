@@ -383,7 +383,7 @@ class Run:
     def load(self, state):
         """Takes over a checkpoint's dict, but for what the config says of rates and decays.
 
-        Says what is no longer as it was there, so that the bits cannot be the same."""
+        Returns the names of all that has changed since, and says which change the bits."""
         old, new = conditions(state), conditions(self.state())
         changed = {name for name in new if old.get(name) != new[name]}
         free = {name for name, f in KEYS.items() if f.metadata.get("free")}
@@ -399,17 +399,18 @@ class Run:
         self.scaler.load_state_dict(state["scaler"] or self.scaler.state_dict())
         if len(state["rng"]) == WORLD_SIZE:
             set_rng_state(state["rng"][RANK])
-        if changed & {"data", "block_size"}:
+        if changed & {"train data", "block_size"}:
             self.epoch += self.sequence > 0  # a place among other blocks: a new epoch begins
             self.sequence = 0
-        if changed & {"held-out data", "eval_tokens"}:
+        if changed & {"val data", "eval_tokens"}:
             self.best = None  # losses of other texts do not compare
+        return changed
 
 
 def conditions(state):
     """What a run depends on, by its state: the keys, over them what a machine made of them."""
     config = asdict(TrainConfig(**state["config"]))  # (a key that is new since has its default)
-    data = {"data": state["data"]["train"], "held-out data": state["data"]["val"]}
+    data = {f"{name} data": digest for name, digest in state["data"].items()}
     return config | state["machine"] | data
 
 
@@ -835,17 +836,17 @@ def open_data(config):
 
 def resume(run, state, is_data_typed):
     """Lets the run go on from a checkpoint's dict. Ends the program if it cannot."""
-    folder, old, new = run.config.data_dir, state["data"], run.data.fingerprint()
-    if old["tokenizer"] != new["tokenizer"]:
-        fail(f"{folder} has another tokenizer than this run, and its ids mean other texts: restore "
-             "the data, or start a new run in another --out_dir")
-    if old != new and not is_data_typed:
-        fail(f"{folder} is not the data that this run was trained on: restore it, or name it with "
-             f"--data_dir={shlex.quote(folder)} to continue all the same")
     try:
-        run.load(state)
+        changed = run.load(state)
     except Exception as e:  # a stranger's file can be wrong in any way
         fail(f"the checkpoint does not hold a run: {e!r}")
+    folder = run.config.data_dir
+    if "tokenizer data" in changed:
+        fail(f"{folder} has another tokenizer than this run, and its ids mean other texts: restore "
+             "the data, or start a new run in another --out_dir")
+    if changed & {"train data", "val data"} and not is_data_typed:
+        fail(f"{folder} is not the data that this run was trained on: restore it, or name it with "
+             f"--data_dir={shlex.quote(folder)} to continue all the same")
 
 
 def set_up(out, source, overrides, is_data_typed):
