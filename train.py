@@ -730,6 +730,7 @@ def parse_args(argv):
     return overrides, is_data_typed, args.resume
 
 
+# What the keys obey together: expressions in their names, shown as they are tested.
 RULES = """hidden_size % (2 * num_attention_heads) == 0
 num_attention_heads % num_key_value_heads == 0
 block_size <= max_position_embeddings
@@ -740,7 +741,7 @@ beta2 < 1"""
 
 
 def check(config, world_size=WORLD_SIZE):
-    """Ends the program, naming all values that do not fit each other, and the rules."""
+    """Ends the program, naming all values that do not fit each other, and the rules they break."""
     found, wrong = asdict(config) | {"processes": world_size}, []
     for rule in RULES.splitlines():
         if not eval(rule, {}, found):
@@ -834,7 +835,7 @@ def open_data(config):
     return data
 
 
-def resume(run, state, is_data_typed):
+def resume_run(run, state, is_data_typed):
     """Lets the run go on from a checkpoint's dict. Ends the program if it cannot."""
     try:
         changed = run.load(state)
@@ -860,7 +861,7 @@ def set_up(out, source, overrides, is_data_typed):
     machine = set_up_machine(config)
     run = Run(config, model, open_data(config), *machine)
     if state:
-        resume(run, state, is_data_typed)
+        resume_run(run, state, is_data_typed)
     mine = (run.step, run.data.fingerprint(), asdict(config) | {"out_dir": "", "data_dir": ""})
     starts = of_all(mine)
     if starts != [mine] * WORLD_SIZE:
@@ -921,7 +922,7 @@ def main(argv):
     out, source = find_run(overrides, resume)
     again = f"python train.py --resume={shlex.quote(str(out))}"
     signals = []  # in the order in which they came
-    lock = filelock.FileLock(out / ".lock", timeout=0)  # until this process ends, however it ends
+    lock = filelock.FileLock(out / ".lock", timeout=0)  # until this process ends, in any way
     try:
         if RANK == 0 and (out / ".lock").exists():
             lock.acquire()
