@@ -325,18 +325,20 @@ def replacing(out_dir):
     out_dir = Path(os.path.realpath(out_dir))  # of a link, what it leads to is replaced
     if Path.cwd().is_relative_to(out_dir):  # the shell would be left in a folder that is gone
         raise ValueError(f"--out_dir {out_dir}: this is where you are; name a folder below it")
-    new = out_dir.with_name(f".{out_dir.name}.new")
-    old = out_dir.with_name(f".{out_dir.name}.old")
     is_parent_new = not out_dir.parent.exists()
-    lock = FileLock(out_dir.with_name(f".{out_dir.name}.lock"), timeout=0)
+    work = out_dir.with_name(f".{out_dir.name}.part")
+    new, old = work / "new", work / "old"
+    lock = FileLock(work / "lock", timeout=0)
     try:
         lock.acquire()  # makes the folder of the file, too
     except Timeout:
         raise ValueError(f"--out_dir {out_dir}: another process is writing there") from None
     try:
-        recover(out_dir, old)
+        if old.exists() and not out_dir.exists():  # killed between the two renames
+            os.rename(old, out_dir)
         check_is_ours(out_dir)
-        shutil.rmtree(new, ignore_errors=True)  # left by a killed process
+        for rest in (new, old):
+            shutil.rmtree(rest, ignore_errors=True)
         new.mkdir()
         yield new
         for path in (*new.rglob("*"), new):
@@ -346,20 +348,12 @@ def replacing(out_dir):
         os.rename(new, out_dir)
         fsync(out_dir.parent)
     finally:
-        recover(out_dir, old)
-        shutil.rmtree(new, ignore_errors=True)
-        os.unlink(lock.lock_file)  # before the release: then nobody else can hold it
+        if out_dir.exists() or not old.exists():  # else the next start puts the old data back
+            shutil.rmtree(work, ignore_errors=True)  # while the lock in it is held
         lock.release()
         if is_parent_new:
             with contextlib.suppress(OSError):
                 out_dir.parent.rmdir()  # after an error: if there is anything in it, it stays
-
-
-def recover(out_dir, old):
-    """Ends a replacement that was cut off between its two renames, or after them."""
-    if old.exists() and not out_dir.exists():
-        os.rename(old, out_dir)
-    shutil.rmtree(old, ignore_errors=True)
 
 
 def check_is_ours(out_dir):

@@ -148,7 +148,7 @@ def kill_preparation(row, folder, n):
                 p.until(lambda: len(os.listdir(out.parent)) > 1 + out.exists())
             time.sleep(rng.random() * seconds / 2)
             was_alive = p.poll() is None
-        found = out if out.exists() else out.with_name(".data.old")  # between two renames
+        found = out if out.exists() else out.with_name(".data.part") / "old"  # between two renames
         if was_alive:
             row.fault(snapshot(found) not in (before, whole), "no whole data", found)
     expect_end(end_of(prepare, *argv))
