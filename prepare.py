@@ -24,7 +24,6 @@ import shutil
 import signal
 import time
 import urllib.request
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -45,107 +44,58 @@ GPT2_WORDS = ByteLevel(add_prefix_space=False)  # how a text is cut into words
 SMOLLM2_WORDS = Sequence([Digits(individual_digits=True), GPT2_WORDS])
 CORPUS = (".jsonl", ".json", ".parquet", ".arrow")  # files of many documents
 
+# ---- the data format: these files (.bin is raw uint16) and meta.json ----
 
-# ---- the data format: train.bin and val.bin (raw uint16), meta.json and tokenizer/ ----
+FILES = {"train": "train.bin", "val": "val.bin", "tokenizer": "tokenizer/tokenizer.json"}
 
-@dataclass
+
 class Data:
-    """A prepared folder, opened."""
-    train: np.ndarray  # uint16 ids, on disk
-    val: np.ndarray
-    meta: dict
-    folder: Path
+    """A prepared folder: train and val (uint16 ids, on disk), meta (what meta.json says).
+
+    Raises FileNotFoundError where nothing is prepared, ValueError where something was changed."""
+
+    def __init__(self, folder):
+        folder = self.folder = Path(folder)
+        content = (folder / "meta.json").read_bytes()
+        try:
+            meta = self.meta = json.loads(content)
+            changed = seal(folder, meta).items() - meta.items()
+            if changed:
+                raise ValueError(f"{max(changed)[0]} does not fit: something was changed")
+            self.train = np.memmap(folder / FILES["train"], "<u2", "r")
+            self.val = np.memmap(folder / FILES["val"], "<u2", "r")
+            largest = max(self.train.max(), self.val.max())
+            if largest >= meta["vocab_size"]:
+                raise ValueError(f"id {largest} is not below vocab_size {meta['vocab_size']}")
+        except Exception as error:  # anything may have been written into it
+            raise ValueError(f"{folder} is damaged: {first_line(error)}") from None
 
     def fingerprint(self):
         """Tells data from other data, under any name."""
-        return {name: self.meta.get(f"{name}_sha256", "")[:16]
-                for name in ("train", "val", "tokenizer")}
-
-
-def open_data(folder):
-    """Opens a prepared folder and checks that it is as it was written.
-
-    Raises FileNotFoundError where nothing is prepared, ValueError where something is damaged."""
-    folder = Path(folder)
-    content = (folder / "meta.json").read_bytes()
-    try:
-        meta = json.loads(content)
-        if meta.pop("sha256") != meta_digest(meta):
-            raise ValueError("meta.json was changed")
-        train, val, facts = read_files(folder)
-        for key, value in facts.items():
-            if meta.get(key, "") != value:
-                raise ValueError(f"{key} is {value}, but meta.json says {meta.get(key)}")
-        largest = max(train.max(), val.max())
-        if largest >= meta["vocab_size"]:
-            raise ValueError(f"id {largest} is not below vocab_size {meta['vocab_size']}")
-    except Exception as error:  # anything may have been written into it
-        raise ValueError(f"{folder} is damaged: {first_line(error)}") from None
-    return Data(train, val, meta, folder)
-
-
-def read_files(folder):
-    """(ids to train on, ids held out, the facts that meta.json records of the files beside it)."""
-    sides, facts = [], {"tokenizer_sha256": tokenizer_digest(folder / "tokenizer")}
-    for name in ("train", "val"):
-        ids = np.memmap(folder / f"{name}.bin", dtype="<u2", mode="r")
-        facts |= {f"{name}_tokens": len(ids), f"{name}_sha256": hashlib.sha256(ids).hexdigest()}
-        sides.append(ids)
-    return *sides, facts
+        return {name: self.meta[f"{name}_sha256"][:16] for name in FILES}
 
 
 def write_meta(folder, facts):
-    """Writes and returns meta.json: the facts given, and what the folder's files are."""
-    meta = facts | read_files(folder)[-1]
-    meta["sha256"] = meta_digest(meta)
-    (folder / "meta.json").write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
+    (folder / "meta.json").write_text(json.dumps(seal(folder, facts), indent=2) + "\n")
+
+
+def seal(folder, facts):
+    """What meta.json says: these facts, the digest of each file, and the digest of all this."""
+    meta = facts | {f"{name}_sha256": digest(folder / file) for name, file in FILES.items()}
+    meta.pop("sha256", None)
+    meta["sha256"] = hashlib.sha256(json.dumps(meta, sort_keys=True).encode()).hexdigest()
     return meta
 
 
-def meta_digest(meta):
-    """The seal of what is in meta.json, but for the seal."""
-    return hashlib.sha256(json.dumps(meta, sort_keys=True).encode()).hexdigest()
+def digest(path):
+    """The sha256 of a file; "" where there is none."""
+    if not path.is_file():
+        return ""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def tokenizer_digest(folder):
-    """Tells a tokenizer from others; "" where there is none."""
-    file = folder / "tokenizer.json"
-    return hashlib.sha256(file.read_bytes()).hexdigest() if file.is_file() else ""
-
-
-def load_tokenizer(folder):
-    """The tokenizer in a folder as transformers has it; no hub is asked. Raises ValueError."""
-    from transformers import PreTrainedTokenizerFast
-    backend, end = open_tokenizer(folder)
-    try:  # AutoTokenizer goes by the class's name and so loses Digits (seen with transformers 5.23)
-        tokenizer = PreTrainedTokenizerFast.from_pretrained(
-            folder, tokenizer_object=backend, local_files_only=True)
-    except Exception as error:
-        raise ValueError(f"the tokenizer in {folder} does not load: {first_line(error)}") from None
-    tokenizer.eos_token_id = end
-    return tokenizer
-
-
-def open_tokenizer(folder):
-    """(tokenizer, the id that ends a text or None), to encode prompts and to decode.
-
-    Of the library `tokenizers`: importing transformers takes a second. Raises ValueError."""
-    config, end = Path(folder, "tokenizer_config.json"), SPECIAL_TOKENS[0]
-    try:
-        tokenizer = Tokenizer.from_file(str(Path(folder, "tokenizer.json")))
-        if config.exists():
-            end = json.loads(config.read_bytes()).get("eos_token") or end
-        if isinstance(end, dict):  # as older files have it
-            end = end["content"]
-    except Exception as error:  # the library raises nothing narrower
-        problem = first_line(error)
-        raise ValueError(f"the tokenizer.json in {folder} does not load: {problem}") from None
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
-    return tokenizer, tokenizer.token_to_id(end)
-
-
-# ---- reading, downloading, and what stands in for a download ----
+# ---- text and tokenizer ----
 
 SIGNATURES = [  # how a file begins that is no UTF-8 text, what it is, and what to do
     ((b"\xff\xfe\0\0", b"\0\0\xfe\xff"), "UTF-32: iconv -f UTF-32 -t UTF-8 {} > new.txt"),
@@ -182,20 +132,63 @@ def download_text():
     return content.decode()
 
 
-def hub_folder(name):
-    """The folder of the hub's cache with a tokenizer's files, fetched if need be; never code.
+def stand_in_text():
+    from pydoc_data.topics import topics  # the language reference: it ships inside every Python
+    return "\n".join(topics[key] for key in sorted(topics))
 
-    name: a model of the hub, perhaps with @REVISION. The library tries several times."""
+
+def choose_text(path):
+    """A file's text and name; without a path, Tiny Shakespeare or what stands in for it."""
+    if path:
+        return decode_text(path, Path(path).read_bytes()), Path(path).name
+    for attempt in (1, 2, 3):
+        try:
+            return download_text(), f"Tiny Shakespeare ({TEXT_URL})"
+        except Exception as error:  # refused, timed out, an error page, ...
+            log(f"Tiny Shakespeare, try {attempt} of 3: {first_line(error)}")
+            time.sleep(1)
+    return stand_in_text(), "stand-in: Python's language reference (pydoc_data.topics)"
+
+
+def load_tokenizer(folder):
+    """The tokenizer in a folder as transformers has it; no hub is asked. Raises ValueError."""
+    from transformers import PreTrainedTokenizerFast
+    backend, end = open_tokenizer(folder)
+    try:  # AutoTokenizer goes by the class's name and so loses Digits (seen with transformers 5.23)
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(
+            folder, tokenizer_object=backend, local_files_only=True)
+    except Exception as error:
+        raise ValueError(f"the tokenizer in {folder} does not load: {first_line(error)}") from None
+    tokenizer.eos_token_id = end
+    return tokenizer
+
+
+def open_tokenizer(folder):
+    """(tokenizer, the id that ends a text or None), to encode prompts and to decode.
+
+    Of the library `tokenizers`: importing transformers takes a second. Raises ValueError."""
+    config, end = Path(folder, "tokenizer_config.json"), SPECIAL_TOKENS[0]
+    try:
+        tokenizer = Tokenizer.from_file(str(Path(folder, "tokenizer.json")))
+        if config.exists():
+            end = json.loads(config.read_bytes()).get("eos_token") or end
+        if isinstance(end, dict):  # as older files have it
+            end = end["content"]
+    except Exception as error:  # the library raises nothing narrower
+        problem = first_line(error)
+        raise ValueError(f"the tokenizer.json in {folder} does not load: {problem}") from None
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer, tokenizer.token_to_id(end)
+
+
+def hub_folder(name):
+    """The folder of the hub's cache with the tokenizer of NAME or NAME@REVISION; never code."""
     from huggingface_hub import hf_hub_download
     name, _, revision = name.partition("@")
     for file in ("tokenizer_config.json", "tokenizer.json"):
         path = hf_hub_download(name, file, revision=revision or None)
     return Path(path).parent
-
-
-def stand_in_text():
-    from pydoc_data.topics import topics  # the language reference: it ships inside every Python
-    return "\n".join(topics[key] for key in sorted(topics))
 
 
 def stand_in_tokenizer():
@@ -210,19 +203,6 @@ def stand_in_tokenizer():
     return PreTrainedTokenizerFast(
         tokenizer_object=backend, bos_token=end, eos_token=end, unk_token=end,
         extra_special_tokens=SPECIAL_TOKENS, model_max_length=8192)
-
-
-def choose_text(path):
-    """A file's text and name; without a path, Tiny Shakespeare or what stands in for it."""
-    if path:
-        return decode_text(path, Path(path).read_bytes()), Path(path).name
-    for attempt in (1, 2, 3):
-        try:
-            return download_text(), f"Tiny Shakespeare ({TEXT_URL})"
-        except Exception as error:  # refused, timed out, an error page, ...
-            log(f"Tiny Shakespeare, try {attempt} of 3: {first_line(error)}")
-            time.sleep(1)
-    return stand_in_text(), "stand-in: Python's language reference (pydoc_data.topics)"
 
 
 def choose_tokenizer(wanted):
@@ -244,16 +224,20 @@ def prepare_tokenizer(args, source, folder):
 
     Raises ValueError where it cannot be used, or would bring a stand-in in place of real data."""
     tokenizer, name = choose_tokenizer(args.tokenizer)
-    names = {"text": source, "tokenizer": name}
-    stand_ins = [what for what in names if names[what].startswith("stand-in: ")]
     vocab_size = 1 + max(tokenizer.get_vocab().values())
     if vocab_size > 2**16:
-        raise ValueError(f"--tokenizer {name}: its {len(tokenizer):,} tokens do not fit uint16; "
+        raise ValueError(f"--tokenizer {name}: its {vocab_size:,} tokens do not fit uint16; "
                          "choose one of at most 65,536")
-    if stand_ins and Path(args.out_dir, "meta.json").exists():
-        if not open_data(args.out_dir).meta["stand_in"]:
-            raise ValueError(f"--out_dir {args.out_dir}: its real data stay, since there is no real"
-                             f" {stand_ins[0]}; give one (--input, --tokenizer) or another folder")
+    names = {"text": source, "tokenizer": name}
+    stand_in = " and ".join(what for what in names if names[what].startswith("stand-in: "))
+    has_data = Path(args.out_dir, "meta.json").exists()
+    if stand_in and has_data and not Data(args.out_dir).meta["stand_in"]:
+        raise ValueError(f"--out_dir {args.out_dir}: its real data stay, since there is no real "
+                         f"{stand_in}; give one (--input, --tokenizer) or another folder")
+    if stand_in:
+        log(f"*** STAND-IN DATA: the {stand_in} could not be fetched. Good for a try, not for "
+            "results.\n*** With a network, or --input FILE and --tokenizer FOLDER, prepare again: "
+            "it replaces this.")
     try:
         tokenizer.save_pretrained(folder / "tokenizer")
     except Exception as error:  # a full disk, in the words of a library
@@ -261,54 +245,47 @@ def prepare_tokenizer(args, source, folder):
     backend = tokenizer.backend_tokenizer
     backend.encode_special_tokens = True  # "<|endoftext|>" in a text is text
     return backend, {"source": source, "tokenizer": name, "val_fraction": args.val_fraction,
-                     "stand_in": " and ".join(stand_ins) or None,
-                     "eos_token_id": tokenizer.eos_token_id, "vocab_size": vocab_size}
+                     "stand_in": stand_in or None, "eos_token_id": tokenizer.eos_token_id,
+                     "vocab_size": vocab_size}
 
 
-# ---- encoding ----
+# ---- ids ----
 
 # GPT-2's pattern, with or without Digits before it, always ends a word before a space or line feed
 # that follows no white space: none of its alternatives 's|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+|
 #  ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+ runs on over such a place. So a text is cut there, and else not.
 # In pieces longer than 4,096 characters the encoder is slower (its caches).
 PIECES = re.compile(r".{4096}.*?(?<=\S)(?=[ \n])|.*", re.DOTALL)
-WHOLE = re.compile(r".*", re.DOTALL)
 BATCH = 2**10  # pieces handed to all cores at once
 
 
-def is_cuttable(backend):
-    """Whether a text in PIECES has the ids of the whole text; other tokenizers get it uncut."""
-    words = str(backend.pre_tokenizer) in (str(GPT2_WORDS), str(SMOLLM2_WORDS))
-    special = all(token.special for token in backend.get_added_tokens_decoder().values())
-    return words and special and not backend.normalizer
+def cut(text, tokenizer):
+    """A text in PIECES, if these surely have the ids of the whole; for other tokenizers uncut."""
+    words = str(tokenizer.pre_tokenizer) in map(str, (GPT2_WORDS, SMOLLM2_WORDS))
+    special = all(token.special for token in tokenizer.get_added_tokens_decoder().values())
+    is_sure = words and special and not tokenizer.normalizer
+    return PIECES.findall(text) if is_sure else [text]
 
 
-def encode(texts, backend):
-    """Encodes texts on all cores, with a bar where it takes more than three seconds.
-
-    Returns two lists, with an entry for each text: its ids (uint16), and what they decode to."""
-    pattern = PIECES if is_cuttable(backend) else WHOLE
-    pieces = [(i, piece) for i, text in enumerate(texts) for piece in pattern.findall(text)]
-    ids, decoded = [[] for _ in texts], [[] for _ in texts]
-    for first in tqdm(range(0, len(pieces), BATCH), leave=False, delay=3):
-        places, parts = zip(*pieces[first:first + BATCH])
-        codes = backend.encode_batch_fast(parts, add_special_tokens=False)
-        backs = backend.decode_batch([code.ids for code in codes], skip_special_tokens=False)
-        for i, code, back in zip(places, codes, backs):
-            ids[i].append(np.array(code.ids, dtype="<u2"))
-            decoded[i].append(back)
-    return [np.concatenate(parts) for parts in ids], ["".join(parts) for parts in decoded]
+def encode(pieces, tokenizer):
+    """Two lists, made on all cores: the ids (uint16) of each piece, and what they decode to."""
+    ids, decoded = [], []
+    for first in tqdm(range(0, len(pieces), BATCH), leave=False, delay=3):  # a bar after 3 seconds
+        codes = tokenizer.encode_batch_fast(pieces[first:first + BATCH], add_special_tokens=False)
+        codes = [code.ids for code in codes]
+        ids += [np.array(code, dtype="<u2") for code in codes]
+        decoded += tokenizer.decode_batch(codes, skip_special_tokens=False)
+    return ids, decoded
 
 
 def check_decoded(name, text, decoded, allowed):
     """Raises ValueError where a character of a text has no token, unless that is allowed."""
-    if decoded == text:
-        return
-    place = min(len(os.path.commonprefix([text, decoded])), len(text) - 1)
-    message = f"no token for U+{ord(text[place]):04X}, character {place:,} of {name}"
-    if not allowed:
-        raise ValueError(f"{message}; remove such characters, or --allow_unrepresentable")
-    log(f"dropped: {message}, and perhaps others")
+    if decoded != text:
+        place = min(len(os.path.commonprefix([text, decoded])), len(text) - 1)
+        message = f"no token for U+{ord(text[place]):04X}, character {place:,} of {name}"
+        if not allowed:
+            raise ValueError(f"{message}; remove such characters, or --allow_unrepresentable")
+        log(f"dropped: {message}, and perhaps others")
 
 
 # ---- writing: a new folder, then two renames ----
@@ -478,51 +455,41 @@ def parse_args(argv=None):
     return args
 
 
-# ---- all of it ----
-
 def prepare(args):
-    """Prepares one text as args say, and reports. Raises OSError, or ValueError in one line."""
+    """Prepares one text as args say; returns the facts of it. Raises OSError, ValueError."""
     with replacing(args.out_dir) as folder:
         text, source = choose_text(args.input)
-        backend, facts = prepare_tokenizer(args, source, folder)
+        tokenizer, facts = prepare_tokenizer(args, source, folder)
         end = int((1 - args.val_fraction) * len(text))  # by default nanoGPT's int(0.9 * len(text))
-        sides = [text[:end], text[end:]]
-        for name, side, ids, decoded in zip(("train", "val"), sides, *encode(sides, backend)):
+        for name, side in (("train", text[:end]), ("val", text[end:])):
+            ids, decoded = encode(cut(side, tokenizer), tokenizer)
+            ids, decoded = np.concatenate(ids), "".join(decoded)
             check_decoded(f"{source} ({name} side)", side, decoded, args.allow_unrepresentable)
             if len(ids) < 2:
                 raise ValueError(f"{source} is too short: {len(ids)} tokens on the {name} side; "
                                  "give more, or another --val_fraction")
-            (folder / f"{name}.bin").write_bytes(ids)
-        meta = write_meta(folder, facts | {
-            "documents": 1, "characters": len(text), "bytes": len(text.encode()),
-            "val_characters": len(sides[1]), "val_bytes": len(sides[1].encode())})
-    report(args.out_dir, meta)
+            (folder / FILES[name]).write_bytes(ids)
+            facts |= {f"{name}_tokens": len(ids), f"{name}_characters": len(side),
+                      f"{name}_bytes": len(side.encode())}
+        write_meta(folder, facts)
+    return facts
 
 
-def report(out_dir, meta):
-    """Shows what was written and, where it is so, that it is only a stand-in."""
-    tokens = meta["train_tokens"] + meta["val_tokens"]
+def report(out_dir, facts):
+    """Shows what was written, and what to do with it."""
     print(f"""\
-text        {meta['source']}: {meta['characters']:,} characters, {meta['bytes']:,} bytes
-tokenizer   {meta['tokenizer']}: {meta['vocab_size']:,} tokens
-tokens      {tokens:,}, {meta['characters'] / tokens:.2f} characters each
-sides       {meta['train_tokens']:,} tokens to train, {meta['val_tokens']:,} held out
-written to  {out_dir}""")
-    if meta["stand_in"]:
-        log(f"*** STAND-IN DATA: the {meta['stand_in']} could not be fetched. Good for a try, not "
-            "for results.\n*** With a network, or --input FILE and --tokenizer FOLDER, prepare "
-            "again: it replaces this.")
-
-
-def print_next(out_dir):
-    print(f"next: python train.py config/smollm2.py --data_dir={shlex.quote(out_dir)}")
+text        {facts['source']}
+tokenizer   {facts['tokenizer']}: {facts['vocab_size']:,} tokens
+to train    {facts['train_tokens']:,} tokens of {facts['train_characters']:,} characters
+held out    {facts['val_tokens']:,} tokens of {facts['val_characters']:,} characters
+written to  {out_dir}
+next: python train.py config/smollm2.py --data_dir={shlex.quote(out_dir)}""")
 
 
 @command("prepare.py")
 def main(argv=None):
     args = parse_args(argv)
-    prepare(args)
-    print_next(args.out_dir)
+    report(args.out_dir, prepare(args))
 
 
 if __name__ == "__main__":

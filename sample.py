@@ -71,7 +71,7 @@ def load(checkpoint):
     state["file"] = file
     places = [file.parent / "tokenizer", Path(state["config"]["data_dir"], "tokenizer")]
     for folder in places:
-        if prepare.tokenizer_digest(folder).startswith(state["data"]["tokenizer"]):
+        if prepare.digest(folder / "tokenizer.json").startswith(state["data"]["tokenizer"]):
             return model_of(TrainConfig(**state["config"]), state["model"]), folder, state
     raise ValueError(f"the tokenizer that {file} was trained with is neither in {places[0]} nor in "
                      f"{places[1]}: copy it to the first")

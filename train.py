@@ -818,7 +818,7 @@ def open_data(config):
             show(f"{folder} is missing: preparing it")
             prepare.prepare(prepare.parse_args([]))
         of_all(None)  # the others wait for it
-        data = prepare.open_data(folder)
+        data = prepare.Data(folder)
     except FileNotFoundError:
         fail(f"data_dir = {config.data_dir!r} holds no prepared data: name another --data_dir, or "
              "make them: the first lines of a recipe may say how; of one text with python "

@@ -312,13 +312,14 @@ def write_data(folder, train_ids, vocab_size=49152):
     for side, ids in (("train", train_ids), ("val", range(100))):
         np.asarray(list(ids), dtype="<u2").tofile(folder / f"{side}.bin")
     prepare.write_meta(folder, {"source": "test", "vocab_size": vocab_size, "val_bytes": 100,
-                                "stand_in": None})
+                                "val_tokens": 100, "stand_in": None})
     return folder
 
 
 def edit_meta(folder, **changes):
     """Changes a meta.json as someone would who knows how it is sealed."""
-    prepare.write_meta(Path(folder), prepare.open_data(folder).meta | changes)
+    meta = json.loads(Path(folder, "meta.json").read_text())
+    prepare.write_meta(Path(folder), meta | changes)
 
 
 def flip(path, offset):

@@ -50,12 +50,14 @@ def test_documents_are_held_out_whole_and_none_moves_when_more_are_added(run):
     for n in (100, 300):
         done = run("--input", jsonl("docs.jsonl", documents(n)))
         assert done.code == 0 and "train.py config/smollm2.py --data_dir=data/corpus" in done.out
-        found, meta = written(), prepare.open_data("data/corpus").meta
+        found, meta = written(), prepare.Data("data/corpus").meta
         assert sorted(found[0] + found[1]) == sorted(documents(n))
         assert 0.03 * n < len(found[1]) < 0.2 * n
-        assert meta["val_bytes"] == meta["val_characters"] == sum(map(len, found[1]))
-        assert meta["characters"] == meta["bytes"] == sum(map(len, documents(n)))
-        assert (meta["documents"], meta["source"]) == (n, "docs.jsonl")
+        for side, texts in zip(("train", "val"), found):
+            size = sum(map(len, texts))
+            assert meta[f"{side}_bytes"] == meta[f"{side}_characters"] == size
+            assert meta[f"{side}_documents"] == len(texts)
+        assert meta["source"] == "docs.jsonl"
         for side, texts in enumerate(found):
             assert all(sides.setdefault(text, side) == side for text in texts)
     assert [i for i, text in enumerate(documents(30)) if sides[text]] == [2, 13, 15]  # for ever
@@ -96,11 +98,11 @@ def test_every_reader_gives_the_same_and_hardly_anything_past_max_tokens_is_read
             yield {"text": text}
     monkeypatch.setattr(corpus, "open_stream", stream)
     assert run("--dataset", "a/hub:name", "--max_tokens", 3000).code == 0
-    meta, (train, val) = prepare.open_data("data/corpus").meta, written()
+    meta, (train, val) = prepare.Data("data/corpus").meta, written()
     tokens = meta["train_tokens"] + meta["val_tokens"]
     assert 2800 < tokens <= 3000 and meta["source"] == "a/hub:name, split train"
-    assert sorted(train + val) == sorted(texts[:meta["documents"]])
-    assert meta["documents"] < len(taken) <= meta["documents"] + 2
+    count = meta["train_documents"] + meta["val_documents"]
+    assert sorted(train + val) == sorted(texts[:count]) and count < len(taken) <= count + 2
 
 
 def test_a_document_larger_than_a_batch_is_encoded_as_in_one_piece(run, stand_in, monkeypatch):
@@ -110,7 +112,7 @@ def test_a_document_larger_than_a_batch_is_encoded_as_in_one_piece(run, stand_in
     texts = [" ".join(documents(40)), *documents(60)[40:], "mentions <|endoftext|> in its text"]
     assert run("--input", jsonl("docs.jsonl", texts)).code == 0
     ids = sorted([*encode_whole(stand_in, text), 0] for text in texts)
-    data = prepare.open_data("data/corpus")
+    data = prepare.Data("data/corpus")
     joined = [*data.train.tolist(), *data.val.tolist()]
     ends = [i + 1 for i, token in enumerate(joined) if token == 0]
     assert sorted(joined[i:j] for i, j in zip([0, *ends], ends)) == ids

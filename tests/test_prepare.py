@@ -56,9 +56,10 @@ def write(name, content):
 
 def texts_of(folder="data/shakespeare"):
     """What the two sides say, decoded."""
-    data = prepare.open_data(folder)
-    decode = prepare.load_tokenizer(Path(folder, "tokenizer")).backend_tokenizer.decode
-    return [decode(ids.tolist(), skip_special_tokens=False) for ids in (data.train, data.val)]
+    data = prepare.Data(folder)
+    tokenizer, _ = prepare.open_tokenizer(Path(folder, "tokenizer"))
+    return [tokenizer.decode(ids.tolist(), skip_special_tokens=False)
+            for ids in (data.train, data.val)]
 
 
 def encode_whole(folder, text):
@@ -71,13 +72,13 @@ def encode_whole(folder, text):
 
 def test_the_real_text_has_the_golden_ids_and_is_cut_where_nanogpt_cuts_it(
         real_data, data_dir, tokenizer):
-    data, text = prepare.open_data(data_dir), (real_data / "input.txt").read_text()
+    data, text = prepare.Data(data_dir), (real_data / "input.txt").read_text()
     assert len(data.train) == 305_111
     assert hashlib.sha256(data.train.tobytes() + data.val.tobytes()).hexdigest() == GOLDEN
     assert texts_of(data_dir) == [text[:1_003_854], text[1_003_854:]]  # int(0.9 * len(text))
-    expected = {"vocab_size": 49_152, "eos_token_id": 0, "stand_in": None,
-                "characters": 1_115_394, "bytes": 1_115_394,
-                "val_characters": 111_540, "val_bytes": 111_540, "val_fraction": 0.1}
+    expected = {"vocab_size": 49_152, "eos_token_id": 0, "stand_in": None, "val_fraction": 0.1,
+                "train_tokens": 305_111, "train_characters": 1_003_854, "train_bytes": 1_003_854,
+                "val_tokens": 35_983, "val_characters": 111_540, "val_bytes": 111_540}
     assert data.meta | expected == data.meta and str(real_data) not in str(data.meta)
     # AutoTokenizer loses Digits on the published folder (transformers 5.23), not on ours.
     for text in ("a  1", "x\n\n1234 56", "In 2024:  3.14"):
@@ -95,8 +96,8 @@ def test_default_takes_text_from_its_address_and_tokenizer_from_the_cache(
     monkeypatch.setattr(urllib.request, "urlopen", lambda url, timeout: io.BytesIO(content))
     done = run_main(prepare.main)
     assert done.code == 0 and "STAND-IN" not in done.err and "305,111" in done.out
-    fingerprint = prepare.open_data(data_dir).fingerprint()
-    assert prepare.open_data("data/shakespeare").fingerprint() == fingerprint
+    fingerprint = prepare.Data(data_dir).fingerprint()
+    assert prepare.Data("data/shakespeare").fingerprint() == fingerprint
 
 
 @pytest.mark.parametrize("which", ["stand_in", "real_data/tokenizer"])
@@ -118,17 +119,17 @@ def test_every_byte_is_kept_but_the_byte_order_mark(run, which, request, monkeyp
     if below:  # the real one has no tokens for 21 bytes
         atoms = [a for a in atoms if backend.decode(backend.encode(a).ids, False) == a]
     text = "".join(random.Random(1).choices(atoms, k=50_000))
-    assert prepare.is_cuttable(backend) and len(prepare.PIECES.findall(text)) > 5_000
+    assert len(prepare.cut(text, backend)) > 5_000
     write("text.txt", "\ufeff" + text)
     argv = ["--input", "text.txt", "--val_fraction", 0.3, "--tokenizer", folder]
     assert run(*argv).code == 0
-    data, end = prepare.open_data("data/shakespeare"), int(0.7 * len(text))
+    data, end = prepare.Data("data/shakespeare"), int(0.7 * len(text))
     sides = [text[:end], text[end:]]
     ids = [encode_whole(folder, side) for side in sides]
     assert [data.train.tolist(), data.val.tolist()] == ids and texts_of() == sides
     assert 0 not in ids[0]  # "<|endoftext|>" is text
     sizes = [len(side.encode()) for side in sides]
-    assert [data.meta["bytes"], data.meta["val_bytes"]] == [sum(sizes), sizes[1]]
+    assert [data.meta["train_bytes"], data.meta["val_bytes"]] == sizes
 
 
 def test_a_tokenizer_of_another_kind_encodes_texts_uncut(run, monkeypatch):
@@ -144,7 +145,7 @@ def test_a_tokenizer_of_another_kind_encodes_texts_uncut(run, monkeypatch):
     monkeypatch.setattr(prepare, "PIECES", re.compile(pattern, re.DOTALL))
     assert run("--input", write("text.txt", PROSE), "--tokenizer", "other").code == 0
     whole = encode_whole("other", PROSE[:int(0.9 * len(PROSE))])
-    assert prepare.open_data("data/shakespeare").train.tolist() == whole
+    assert prepare.Data("data/shakespeare").train.tolist() == whole
 
 
 def test_characters_without_a_token_are_an_error_unless_allowed(run, stand_in):
@@ -169,7 +170,7 @@ def test_without_a_network_the_stand_in_is_made_announced_and_the_same_each_time
     with Process([ROOT / "prepare.py", "--out_dir=a"], Path.cwd(), **how) as process:
         expect_end(process.end(300))
         assert "STAND-IN" in process.text
-    meta, tokenizer = prepare.open_data("a").meta, prepare.load_tokenizer("a/tokenizer")
+    meta, tokenizer = prepare.Data("a").meta, prepare.load_tokenizer("a/tokenizer")
     assert meta["stand_in"] == "text and tokenizer"
     assert "".join(texts_of("a")) == prepare.stand_in_text()
     made = Path("a/tokenizer/tokenizer.json").read_bytes()
@@ -184,7 +185,7 @@ def test_an_error_page_is_no_data_and_a_stand_in_never_replaces_real_data(run, m
     monkeypatch.setattr(urllib.request, "urlopen", lambda url, timeout: io.BytesIO(page))
     done = run()
     assert done.code == 0 and "STAND-IN" in done.err and "html" not in texts_of()[0][:100]
-    assert prepare.open_data("data/shakespeare").meta["stand_in"] == "text"
+    assert prepare.Data("data/shakespeare").meta["stand_in"] == "text"
     assert run("--input", write("text.txt", PROSE)).code == 0 and "".join(texts_of()) == PROSE
     before = snapshot("data")
     expect_end(run(), [1], "data/shakespeare")
@@ -198,10 +199,10 @@ def test_an_error_page_is_no_data_and_a_stand_in_never_replaces_real_data(run, m
     ("meta.json", lambda p: edit_meta(Path(p).parent, vocab_size=5), "vocab_size 5"),
 ])
 def test_damage_is_told_in_one_line(prepared, file, damage, word):
-    prepare.open_data("data/shakespeare")
+    prepare.Data("data/shakespeare")
     damage(f"data/shakespeare/{file}")
     with pytest.raises(ValueError, match="data/shakespeare is damaged: ") as error:
-        prepare.open_data("data/shakespeare")
+        prepare.Data("data/shakespeare")
     assert word in str(error.value) and "\n" not in str(error.value)
 
 
@@ -283,7 +284,7 @@ def test_paths_mean_what_they_mean_in_a_shell(run, monkeypatch, tmp_path):
     for out_dir in ("~/x y/", "./x y/../x y", "link", "~/link/"):
         done = run("--input=~/a b/it's [1].txt", f"--out_dir={out_dir}")
         folder = shlex.split(done.out.splitlines()[-1])[-1].removeprefix("--data_dir=")
-        assert done.code == 0 and prepare.open_data(folder).meta["source"] == "it's [1].txt"
+        assert done.code == 0 and prepare.Data(folder).meta["source"] == "it's [1].txt"
     assert Path("link").is_symlink()
     assert sorted(os.listdir()) == ["a b", "link", "real folder", "x y"]
 
@@ -293,7 +294,7 @@ def test_nothing_that_is_printed_ends_the_work(stand_in):
                "--out_dir", "d"]
     with Process(command, Path.cwd(), stream="/dev/full", PYTHONPATH=str(ROOT)) as process:
         assert process.wait() == 0
-    assert prepare.open_data("d").meta["documents"] == 1
+    assert prepare.Data("d").meta["source"] == "good.txt"
 
 
 @pytest.mark.parametrize("size", [2000, 600_000])  # too small for the tokenizer, for train.bin
@@ -354,7 +355,7 @@ def test_killed_at_any_instant_it_leaves_the_old_data_or_the_new(
         finally:
             os._exit(1)
     assert os.waitpid(pid, 0)[1] == signal.SIGKILL
-    assert prepare.open_data(left).meta["source"] == source
+    assert prepare.Data(left).meta["source"] == source
     assert run("--input", "none.txt", "--out_dir", "d").code == 1  # a failing start repairs, too
-    assert prepare.open_data("d").meta["source"] == source and not list(Path().glob(".d.*"))
-    assert run(*argv).code == 0 and prepare.open_data("d").meta["source"] == "new.txt"
+    assert prepare.Data("d").meta["source"] == source and not list(Path().glob(".d.*"))
+    assert run(*argv).code == 0 and prepare.Data("d").meta["source"] == "new.txt"

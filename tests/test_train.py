@@ -6,6 +6,7 @@ import shutil
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from unittest.mock import Mock
 
 import numpy as np
@@ -25,7 +26,7 @@ from train import Run, TrainConfig, epoch_order, get_batch, lr_factor
 CPU = torch.device("cpu")
 BYTES = [*TINY, "--vocab_size=256", "--dtype=float32"]
 CONFIG = TrainConfig(**train.parse_args(BYTES)[0])  # 26 thousand parameters
-NUMBERS = Data(np.arange(1007, dtype="<u2"), np.arange(9, dtype="<u2"), {}, Path())  # id = place
+NUMBERS = SimpleNamespace(train=np.arange(1007, dtype="<u2"))  # id = place
 
 
 @pytest.fixture
@@ -181,7 +182,7 @@ def test_a_run_writes_its_metrics_its_samples_and_a_whole_checkpoint(run, data):
     state = train.read_checkpoint(Path("out/step_000006.pt"))
     facts = json.loads(Path("out/run.json").read_text())
     assert state["step"] == 6 and facts["config"] == state["config"]
-    meta = prepare.open_data(data).meta
+    meta = prepare.Data(data).meta
     bits = loss / math.log(2) * meta["val_tokens"] / meta["val_bytes"]
     for shown in ("cpu", "float32", data, "84,128 parameters", f"{loss:.4f}", f"{bits:.4f}",
                   f"{math.exp(loss):.2f}", f"{lines[3]['loss']:.4f}",
@@ -199,7 +200,7 @@ def test_micro_batches_change_memory_and_not_the_run(tiny):
     for key in ("loss", "grad_norm"):
         whole, *parts = [[line[key] for line in lines] for lines in runs]
         assert all(part == pytest.approx(whole, rel=1e-4) for part in parts), key
-    run = new_run(prepare.open_data("d"), seed=0)
+    run = new_run(prepare.Data("d"), seed=0)
     x, y = get_batch(run)
     loss = F.cross_entropy(run.model(x)[0].flatten(0, 1), y.flatten())
     loss.backward()
@@ -226,7 +227,7 @@ def test_evaluation_and_samples_do_not_touch_the_training(run):
 
 def test_the_held_out_loss_is_the_mean_over_the_whole_split_each_token_once():
     val = np.random.default_rng(0).integers(256, size=131).astype("<u2")
-    run = new_run(Data(val, val, {}, Path()), initializer_range=0.5)
+    run = new_run(SimpleNamespace(val=val), initializer_range=0.5)
     for eval_tokens, n in ((10_000, 130), (130, 130), (100, 100), (7, 7)):
         losses, run.config.eval_tokens = [], eval_tokens
         for start in range(0, n, 16):

@@ -395,7 +395,7 @@ def fuzz(row, folder, n, real=False):
         else:
             done = end_of(script, *argv, stdin=raw)
         if script is prepare and made.exists():
-            prepare.open_data(made)  # raises where it is damaged
+            prepare.Data(made)  # raises where it is damaged
         is_long = done.code == 2 and len(done.err.splitlines()) > 1
         problem = is_long or flaw(done, (0, 1, 2), f"{script.__name__}.py: ")
         row.fault(problem, [str(word)[:200] for word in argv], raw[:200], done)

@@ -212,14 +212,14 @@ def decode_llama_cpp(prompt, new, gguf):
 def encode_text(data_dir, all_cores):
     """Tokenizes 50 MB as prepare.py does, its check that nothing is lost aside."""
     os.environ["TOKENIZERS_PARALLELISM"] = str(all_cores).lower()
-    backend, _ = prepare.open_tokenizer(Path(data_dir, "tokenizer"))
-    text = backend.decode(np.fromfile(Path(data_dir, "train.bin"), dtype="<u2").tolist())
+    tokenizer, _ = prepare.open_tokenizer(Path(data_dir, "tokenizer"))
+    text = tokenizer.decode(np.fromfile(Path(data_dir, "train.bin"), dtype="<u2").tolist())
     text *= 1 + 50_000_000 // len(text)
-    pieces = prepare.PIECES.findall(text)
+    pieces = prepare.cut(text, tokenizer)
 
     def step():
         for i in range(0, len(pieces), prepare.BATCH):
-            backend.encode_batch_fast(pieces[i:i + prepare.BATCH], add_special_tokens=False)
+            tokenizer.encode_batch_fast(pieces[i:i + prepare.BATCH], add_special_tokens=False)
         return sum(map(len, pieces))
     return step
 

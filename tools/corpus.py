@@ -16,6 +16,7 @@ import hashlib
 import os
 import zlib
 from collections import Counter
+from itertools import chain, islice
 from pathlib import Path
 
 import numpy as np
@@ -139,17 +140,25 @@ def next_batch(documents, characters):
     return batch
 
 
+def encode(texts, tokenizer):
+    """Yields the ids of each text, and what they decode to; all are encoded together."""
+    pieces = [prepare.cut(text, tokenizer) for text in texts]
+    ids, decoded = map(iter, prepare.encode([*chain(*pieces)], tokenizer))
+    for parts in pieces:
+        count = len(parts)
+        yield np.concatenate([*islice(ids, count)]), "".join(islice(decoded, count))
+
+
 def is_held_out(text, val_fraction):
     """By the hash of the text's first MiB, which is spread evenly over [0, 1)."""
     first = text[:2**20].encode()[:2**20]
     return int(hashlib.sha256(first).hexdigest()[:13], 16) / 16**13 < val_fraction
 
 
-def write_documents(documents, folder, backend, eos, args):
+def write_documents(documents, folder, tokenizer, eos, args):
     """Writes train.bin and val.bin, and returns what is in each side: a Counter of counts."""
     counts = {"train": Counter(), "val": Counter()}
     limit, done = args.max_tokens or float("inf"), 0
-    end = np.array([eos], dtype="<u2")
     with contextlib.ExitStack() as stack:
         files = {side: stack.enter_context(open(folder / f"{side}.bin", "wb")) for side in counts}
         bar = stack.enter_context(tqdm(total=args.max_tokens, unit=" tokens", unit_scale=True,
@@ -158,16 +167,17 @@ def write_documents(documents, folder, backend, eos, args):
         # hardly reads more than is taken.
         while batch := next_batch(documents, min(BATCH, limit - done)):
             texts = [text for _, text in batch]
-            for (name, text), ids, decoded in zip(batch, *prepare.encode(texts, backend)):
-                if done + len(ids) + 1 > limit:
+            for (name, text), (ids, decoded) in zip(batch, encode(texts, tokenizer)):
+                ids = np.append(ids, np.uint16(eos))
+                if done + len(ids) > limit:
                     return counts
                 prepare.check_decoded(name, text, decoded, args.allow_unrepresentable)
                 side = "val" if is_held_out(text, args.val_fraction) else "train"
-                files[side].write(np.concatenate([ids, end]).tobytes())
-                counts[side].update(documents=1, tokens=len(ids) + 1, characters=len(text),
+                files[side].write(ids)
+                counts[side].update(documents=1, tokens=len(ids), characters=len(text),
                                     bytes=len(text.encode()))
-                done += len(ids) + 1
-                bar.update(len(ids) + 1)
+                done += len(ids)
+                bar.update(len(ids))
     return counts
 
 
@@ -230,28 +240,25 @@ def open_documents(args):
 
 
 def prepare_corpus(args):
-    """Prepares the documents as args say, and reports. Raises OSError, ValueError."""
+    """Prepares the documents as args say; returns the facts. Raises OSError, ValueError."""
     with prepare.replacing(args.out_dir) as folder:
         documents, source = open_documents(args)
-        backend, facts = prepare.prepare_tokenizer(args, source, folder)
+        tokenizer, facts = prepare.prepare_tokenizer(args, source, folder)
         if facts["eos_token_id"] is None:
             raise ValueError(f"--tokenizer {facts['tokenizer']}: it has no end-of-text token to "
                              "set between documents; give it an eos_token")
-        counts = write_documents(documents, folder, backend, facts["eos_token_id"], args)
+        counts = write_documents(documents, folder, tokenizer, facts["eos_token_id"], args)
         check_sides(counts, args)
-        total = counts["train"] + counts["val"]
-        for key in ("documents", "characters", "bytes"):
-            facts[key] = total[key]
-        meta = prepare.write_meta(folder, facts | {
-            "val_characters": counts["val"]["characters"], "val_bytes": counts["val"]["bytes"]})
-    prepare.report(args.out_dir, meta)
+        for side, count in counts.items():
+            facts |= {f"{side}_{what}": number for what, number in count.items()}
+        prepare.write_meta(folder, facts)
+    return facts
 
 
 @prepare.command("tools.corpus")
 def main(argv=None):
     args = parse_args(argv)
-    prepare_corpus(args)
-    prepare.print_next(args.out_dir)
+    prepare.report(args.out_dir, prepare_corpus(args))
 
 
 if __name__ == "__main__":

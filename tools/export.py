@@ -110,8 +110,8 @@ def read_meta(state):
     """The meta.json of the data that were trained on; {} where they are gone, or others by now."""
     folder = Path(state["config"]["data_dir"])
     with suppress(OSError, ValueError, LookupError, TypeError, AttributeError):
-        meta = json.loads((folder / "meta.json").read_bytes())
-        if prepare.Data(None, None, meta, folder).fingerprint() == state["data"]:
+        meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+        if {name: meta[f"{name}_sha256"][:16] for name in prepare.FILES} == state["data"]:
             return meta
     return {}
 
