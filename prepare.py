@@ -33,9 +33,8 @@ from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
 from tqdm import tqdm
 
 DEFAULT_OUT_DIR = "data/shakespeare"
-TEXT_URL = ("https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/"
-            "input.txt")
-TEXT_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
+URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
+SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 TOKENIZER = "HuggingFaceTB/SmolLM2-135M@93efa2f097d58c2a74874c7e644dbc9b0cee75a2"
 SPECIAL_TOKENS = """<|endoftext|> <|im_start|> <|im_end|> <repo_name> <reponame> <file_sep>
     <filename> <gh_stars> <issue_start> <issue_comment> <issue_closed> <jupyter_start>
@@ -124,14 +123,6 @@ def decode_text(path, content):
         raise ValueError(f"--input {path}: not UTF-8: {place}; {advice}") from None
 
 
-def download_text():
-    with urllib.request.urlopen(TEXT_URL, timeout=10) as response:
-        content = response.read(2**24)
-    if hashlib.sha256(content).hexdigest() != TEXT_SHA256:  # an error page never becomes data
-        raise ValueError(f"what came is not Tiny Shakespeare: {content[:40]!r}")
-    return content.decode()
-
-
 def stand_in_text():
     from pydoc_data.topics import topics  # the language reference: it ships inside every Python
     return "\n".join(topics[key] for key in sorted(topics))
@@ -143,8 +134,12 @@ def choose_text(path):
         return decode_text(path, Path(path).read_bytes()), Path(path).name
     for attempt in (1, 2, 3):
         try:
-            return download_text(), f"Tiny Shakespeare ({TEXT_URL})"
-        except Exception as error:  # refused, timed out, an error page, ...
+            with urllib.request.urlopen(URL, timeout=10) as response:
+                content = response.read(2**24)
+            if hashlib.sha256(content).hexdigest() != SHA256:  # an error page never becomes data
+                raise ValueError(f"what came is something else: {content[:40]!r}")
+            return content.decode(), f"Tiny Shakespeare ({URL})"
+        except Exception as error:  # refused, timed out, ...
             log(f"Tiny Shakespeare, try {attempt} of 3: {first_line(error)}")
             time.sleep(1)
     return stand_in_text(), "stand-in: Python's language reference (pydoc_data.topics)"
@@ -350,14 +345,14 @@ class Unbreakable:
 
     def __init__(self, stream):
         self.stream = stream or open(os.devnull, "w")
+        self.stream.reconfigure(errors="backslashreplace")
 
     def __getattr__(self, name):
         return getattr(self.stream, name)
 
     def write(self, text):
-        encoding = self.stream.encoding or "utf-8"
         with contextlib.suppress(OSError, ValueError):  # a closed pipe, a full disk
-            self.stream.write(text.encode(encoding, "backslashreplace").decode(encoding))
+            self.stream.write(text)
             self.stream.flush()
 
     def flush(self):
@@ -389,7 +384,6 @@ def command(program):
     """Turns an early end of the work within into one line on standard error and an exit code."""
     def stop(signum, frame):
         fail(program, f"stopped by {signal.Signals(signum).name}", 128 + signum)
-
     protect_streams()
     signal.signal(signal.SIGTERM, stop)
     signal.signal(signal.SIGINT, stop)
@@ -411,11 +405,11 @@ def new_parser(program, description):
 def add_data_options(parser, out_dir):
     """What the command lines of prepare.py and tools.corpus share."""
     add = parser.add_argument
-    add("--tokenizer", type=typed_path, metavar="NAME",
+    add("--tokenizer", type=typed_path,
         help=f"a hub name, or a folder with tokenizer.json (default: {TOKENIZER})")
-    add("--out_dir", type=typed_path, default=out_dir, metavar="FOLDER",
+    add("--out_dir", type=typed_path, default=out_dir,
         help=f"prepared data in it are replaced, anything else is not (default: {out_dir})")
-    add("--val_fraction", type=number(float, 1e-6, 1 - 1e-6), default=0.1, metavar="F",
+    add("--val_fraction", type=number(float, 1e-6, 1 - 1e-6), default=0.1,
         help="share held out (default: 0.1)")
     add("--allow_unrepresentable", action="store_true",
         help="drop characters that the tokenizer has no token for (default: they are an error)")
@@ -431,10 +425,9 @@ def typed_path(text):
 def number(kind, low, high=2**63 - 1):
     """An argparse type: an int or a float from low to high."""
     def convert(text):
-        value = kind(text)
-        if not low <= value <= high:  # not true of nan, too
+        if not low <= kind(text) <= high:  # not true of nan, too
             raise argparse.ArgumentTypeError(f"{text}: must be {low} or more, and at most {high}")
-        return value
+        return kind(text)
     convert.__name__ = kind.__name__
     return convert
 
@@ -443,15 +436,15 @@ def parse_args(argv=None):
     """prepare.py's command line; more than one text is answered with the command for that."""
     parser = new_parser("prepare.py", __doc__)
     add_data_options(parser, DEFAULT_OUT_DIR)
-    parser.add_argument("--input", nargs="+", action="extend", type=typed_path, metavar="FILE",
-                        help="one text in UTF-8 (default: Tiny Shakespeare, downloaded)")
-    args, rest = parser.parse_known_args(argv)
-    first, *more = args.input or [""]
-    if rest or more or os.path.isdir(first) or first.lower().endswith(CORPUS):
-        odd, words = shlex.join(rest + more) or first, shlex.join(argv or sys.argv[1:])
-        parser.error(f"one text and the options in --help are taken, not {odd}; for many "
-                     f"documents: python -m tools.corpus {words}")
-    args.input = first
+    parser.add_argument("--input", nargs="+", action="extend", type=typed_path, default=[""],
+                        metavar="FILE", help="one text in UTF-8 (default: Tiny Shakespeare)")
+    args, odd = parser.parse_known_args(argv)
+    odd += args.input[2:]
+    args.input = args.input[-1]
+    if odd or os.path.isdir(args.input) or args.input.lower().endswith(CORPUS):
+        parser.error(
+            f"one text and the options in --help are taken, not {shlex.join(odd) or args.input}; "
+            f"for many documents: python -m tools.corpus {shlex.join(argv or sys.argv[1:])}")
     return args
 
 

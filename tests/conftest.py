@@ -31,7 +31,8 @@ def real_data(tmp_path_factory):
     folder = tmp_path_factory.mktemp("real")
     try:
         tokenizer = prepare.hub_folder(prepare.TOKENIZER)
-        text = prepare.download_text()
+        text, source = prepare.choose_text("")
+        assert not source.startswith("stand-in"), source
     except Exception as e:
         pytest.skip(f"no SMOLLM2_TEST_DATA, and no download: {type(e).__name__}")
     (folder / "input.txt").write_text(text, encoding="utf-8", newline="")
