@@ -140,13 +140,13 @@ def next_batch(documents, characters):
     return batch
 
 
-def encode(texts, tokenizer):
-    """Yields the ids of each text, and what they decode to; all are encoded together."""
-    pieces = [prepare.cut(text, tokenizer) for text in texts]
+def encode(documents, tokenizer):
+    """Yields each name and text, its ids, and what they decode to; all are encoded together."""
+    pieces = [prepare.cut(text, tokenizer) for _, text in documents]
     ids, decoded = map(iter, prepare.encode([*chain(*pieces)], tokenizer))
-    for parts in pieces:
+    for (name, text), parts in zip(documents, pieces):
         count = len(parts)
-        yield np.concatenate([*islice(ids, count)]), "".join(islice(decoded, count))
+        yield name, text, np.concatenate([*islice(ids, count)]), "".join(islice(decoded, count))
 
 
 def is_held_out(text, val_fraction):
@@ -166,8 +166,7 @@ def write_documents(documents, folder, tokenizer, eos, args):
         # A token has a byte at least, so a batch of as many characters as tokens are missing
         # hardly reads more than is taken.
         while batch := next_batch(documents, min(BATCH, limit - done)):
-            texts = [text for _, text in batch]
-            for (name, text), (ids, decoded) in zip(batch, encode(texts, tokenizer)):
+            for name, text, ids, decoded in encode(batch, tokenizer):
                 ids = np.append(ids, np.uint16(eos))
                 if done + len(ids) > limit:
                     return counts
