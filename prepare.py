@@ -215,7 +215,7 @@ def choose_tokenizer(wanted):
 
 
 def prepare_tokenizer(args, source, folder):
-    """Chooses the tokenizer and writes its files. Returns (encoder, facts for meta.json).
+    """Chooses the tokenizer and writes its files. Returns (tokenizer, facts for meta.json).
 
     Raises ValueError where it cannot be used, or would bring a stand-in in place of real data."""
     tokenizer, name = choose_tokenizer(args.tokenizer)
