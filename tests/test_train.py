@@ -17,7 +17,6 @@ import torch.nn.functional as F
 import prepare
 import train
 from model import SmolLM2
-from prepare import Data
 from tests.harness import (ROOT, TINY, differences, edit_meta, metrics, refused, run_main,
                            write_data)
 from tools.export import save_pretrained
