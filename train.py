@@ -10,6 +10,7 @@ import argparse
 import ast
 import difflib
 import hashlib
+import importlib.metadata
 import json
 import math
 import os
@@ -40,6 +41,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils import collect_env
 from tqdm import tqdm
 
 from model import (SmolLM2, SmolLM2Config, compiler_problem, from_pretrained, generate,
@@ -467,6 +469,8 @@ def log_step(run, row, bar):
              f"{math.exp(min(loss, 99)):.2f}; best {run.best['val_loss']:.4f} at step "
              f"{run.best['step']}{note}")
     text = f"loss {row['loss']:.4f}, {row['tokens_per_sec']:,.0f} tok/s"
+    if shutil.get_terminal_size().columns >= 120:
+        text += f", lr {row['lr']:.2e}, norm {row['grad_norm'] or math.inf:.2f}"
     bar.set_postfix_str(text, refresh=False)
     bar.update()
     if bar.disable and (run.step == 1 or is_due(run.step, run.config.log_interval)):
@@ -658,8 +662,12 @@ def set_up_machine(config):
         torch.utils.deterministic.fill_uninitialized_memory = False
     problem = compiler_problem(device) if config.compile else "as asked"
     compiled = f"not compiled ({problem})" if problem else "compiled (up to a minute at first)"
-    name = torch.cuda.get_device_name(device) if on_gpu else torch.backends.cpu.get_cpu_capability()
-    machine = {"torch": str(torch.__version__), "device": f"{device.type} ({name})",
+    name, versions = torch.backends.cpu.get_cpu_capability(), {}
+    if on_gpu:
+        name = torch.cuda.get_device_name(device)
+        versions = {"cuda": torch.version.cuda, "triton": importlib.metadata.version("triton"),
+                    "driver": collect_env.get_nvidia_driver_version(collect_env.run)}
+    machine = {"torch": str(torch.__version__), **versions, "device": f"{device.type} ({name})",
                "threads": torch.get_num_threads(), "processes": WORLD_SIZE,
                "dtype": str(dtype)[6:], "compile": problem is None}
     show(f"device   {device}, threads {machine['threads']}, processes {WORLD_SIZE}, "
