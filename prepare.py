@@ -345,14 +345,14 @@ class Unbreakable:
 
     def __init__(self, stream):
         self.stream = stream or open(os.devnull, "w")
-        self.stream.reconfigure(errors="backslashreplace")
 
     def __getattr__(self, name):
         return getattr(self.stream, name)
 
     def write(self, text):
+        encoding = self.stream.encoding or "utf-8"
         with contextlib.suppress(OSError, ValueError):  # a closed pipe, a full disk
-            self.stream.write(text)
+            self.stream.write(text.encode(encoding, "backslashreplace").decode(encoding))
             self.stream.flush()
 
     def flush(self):

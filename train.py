@@ -702,14 +702,13 @@ def read_recipe(path):
         fail(f"cannot read the recipe {path}: {prepare.first_line(e)}{hint}", 2)
     words = []
     for node in tree.body:
-        match node:
-            case ast.Assign([ast.Name(name)], ast.Constant(value)):
-                words.append(f"--{name}={value}")
-            case ast.Expr(ast.Constant()):
-                pass  # a docstring
-            case _:
-                fail(f"{path}, line {node.lineno}: a recipe holds plain assignments only, like "
-                     "batch_size = 4", 2)
+        value, targets = getattr(node, "value", None), getattr(node, "targets", [])
+        if isinstance(node, ast.Expr) and isinstance(value, ast.Constant):
+            continue  # a docstring
+        if not isinstance(value, ast.Constant) or [type(t) for t in targets] != [ast.Name]:
+            fail(f"{path}, line {node.lineno}: a recipe holds plain assignments only, like "
+                 "batch_size = 4", 2)
+        words.append(f"--{targets[0].id}={value.value}")
     return words
 
 

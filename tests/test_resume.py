@@ -110,7 +110,7 @@ def test_the_bar_fits_the_terminal_and_tells_loss_speed_and_time_left(columns, d
         while process.poll() is None or select.select([ours], [], [], 0)[0]:
             if select.select([ours], [], [], 0.1)[0]:
                 text += os.read(ours, 4096)
-        assert process.wait() == 0
+        assert process.wait() == 0, text.decode()
     os.close(ours)
     os.close(theirs)
     bars = [line for line in re.split(r"[\r\n]+", text.decode()) if "%|" in line]
