@@ -12,9 +12,10 @@ import math
 import os
 import re
 import textwrap
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field, fields
 from functools import lru_cache
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -145,7 +146,7 @@ def cpu_attention(q, k, v):
 def cached_attention(q, keys, values, position):
     """Attention of one token, q (B, H, 1, D), over a layer's cache up to `position`, a tensor (1,).
 
-    Compiled, each core takes pages of the cache (see Decoder), and no key is read twice."""
+    Compiled, each core takes pages of the cache (see generate), and no key is read twice."""
     x = q.view(keys.size(1), -1, q.size(-1)).float()  # (B * H_kv, G, D): G heads share a key head
     k, v, group = keys.float(), values.float(), range(x.size(1))
     scores = torch.stack([(x[:, g, :, None] * k).sum(2) for g in group], dim=2) * k.size(2)**-0.5
@@ -327,67 +328,6 @@ DECODE_OPTIONS = {"size_asserts": False, "cpp.enable_floating_point_contract_fla
 PROMPT_KERNELS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
-class Decoder:
-    """The model with a key/value cache: reads a prompt, then one token of each text at a time.
-
-    A layer's cache is stored in pages of positions: only those in use are read, in parallel:
-    keys (pages, B * H_kv, D, PAGE) and values (pages, B * H_kv, PAGE, D)."""
-
-    def __init__(self, model, B, size, compile):
-        """size: prompt and text, in tokens. compile: what reads a token after the prompt."""
-        self.model, self.compile, self.is_warm = model, compile, False
-        self.functions = DecoderLayer.forward, SmolLM2.next_logits
-        self.length = 0  # tokens read
-        weight, D = model.lm_head.weight, model.config.head_dim
-        self.cos, self.sin = rotary_table(size, model.config, weight.device)
-        shape = max(2, math.ceil(size / PAGE)), B * model.config.num_key_value_heads
-        self.caches = [(weight.new_zeros(*shape, D, PAGE), weight.new_zeros(*shape, PAGE, D))
-                       for _ in model.model.layers]
-        self.open(size)
-
-    def open(self, size):
-        """Lets attention read the caches' first `size` positions, in whole pages."""
-        pages = max(2, math.ceil(size / PAGE))  # (compiled, a size of 1 would be a constant)
-        self.open_caches = [(keys[:pages], values[:pages]) for keys, values in self.caches]
-        if self.compile:
-            for keys, values in self.open_caches:  # compiled once, for any number of pages
-                torch._dynamo.mark_dynamic(keys, 0)
-                torch._dynamo.mark_dynamic(values, 0)
-
-    def forward(self, idx, positions):
-        """The logits (B, V) after the tokens idx (B, T) at positions (T,), which join the cache."""
-        layer, next_logits = self.functions
-        x = self.model.embed(idx)
-        if self.compile and idx.numel() == 1:
-            x = x.float()  # a single row costs nothing
-        rotary = self.cos[positions], self.sin[positions]  # (T, D)
-        for module, cache in zip(self.model.model.layers, self.open_caches):
-            x = layer(module, x, rotary, (*cache, positions))
-        return next_logits(self.model, x)
-
-    def read(self, idx):
-        """The logits (B, V) after the tokens idx (B, T), which follow those read before."""
-        n, self.length = self.length, self.length + idx.size(1)
-        positions = torch.arange(n, self.length, device=idx.device)
-        if n % PAGE == 0 and not idx.is_cuda:  # (a CUDA graph reads what it read at its capture)
-            self.open(self.length)
-        if idx.size(1) > 1:  # a prompt is not compiled: its length is new each time
-            with sdpa_kernel(PROMPT_KERNELS):  # without cuDNN, which plans up to 1 s for each T
-                return self.forward(idx, positions)
-        is_first, self.is_warm = not self.is_warm, True
-        if is_first and self.compile:
-            self.functions = [torch.compile(f, options=DECODE_OPTIONS) for f in self.functions]
-        if is_first and idx.is_cuda:  # the 1,850 launches of a step outlast their work
-            with torch.autocast("cuda", enabled=False):  # on in a training's samples: not captured
-                step = idx.clone(), positions
-                self.forward = torch.cuda.make_graphed_callables(self.forward, step)
-        if is_first or not self.compile:
-            return self.forward(idx, positions)
-        # The first step has shown that what was compiled fits: it is not checked at each token.
-        with torch.compiler.set_stance(skip_guard_eval_unsafe=True):
-            return self.forward(idx, positions)
-
-
 def sample_token(logits, temperature=1.0, top_k=0, top_p=1.0, generator=None):
     """Draws the next ids (B,) from logits (B, V). temperature 0 takes the likeliest.
 
@@ -417,12 +357,54 @@ def generate(model, idx, max_new_tokens, compile=False, **sampling):
     """Yields the next ids (B,), max_new_tokens times, after the prompt idx (B, T).
 
     compile: see worth_compiling. sampling: see sample_token. Raises ValueError where prompt and
-    new tokens exceed the model's positions: nothing slides."""
-    decoder = Decoder(model, len(idx), idx.size(1) + max_new_tokens, compile)
+    new tokens exceed the model's positions: nothing slides.
+
+    Each layer's keys (pages, B * H_kv, D, PAGE) and values (pages, B * H_kv, PAGE, D) are cached in
+    pages of positions: only those in use are read, in parallel."""
+    (B, T), config, zeros = idx.shape, model.config, model.lm_head.weight.new_zeros
+    size, D = T + max_new_tokens, config.head_dim
+    cos, sin = rotary_table(size, config, idx.device)
+    shape = math.ceil(size / PAGE) + 1, B * config.num_key_value_heads
+    caches = [(zeros(*shape, D, PAGE), zeros(*shape, PAGE, D)) for _ in model.model.layers]
+    run_layer, next_logits = DecoderLayer.forward, SmolLM2.next_logits
+
+    def read(idx, positions):
+        """The logits (B, V) after the tokens idx (B, T) at positions (T,), which join the cache."""
+        x = model.embed(idx)
+        if compile and idx.numel() == 1:
+            x = x.float()  # a single row costs nothing
+        rotary = cos[positions], sin[positions]  # (T, D)
+        for layer, cache in zip(model.model.layers, in_use):
+            x = run_layer(layer, x, rotary, (*cache, positions))
+        return next_logits(model, x)
+
+    n, first = 0, T if T > 1 else 0  # tokens read; where the first token is read by itself
     for _ in range(max_new_tokens):
-        new = sample_token(decoder.read(idx), **sampling)
+        T = idx.size(1)
+        positions = torch.arange(n, n + T, device=idx.device)
+        if n % PAGE == 0:
+            used = size if idx.is_cuda else n + T  # (a CUDA graph reads what its capture read)
+            pages = max(2, math.ceil(used / PAGE))  # (compiled, a size of 1 would be a constant)
+            in_use = [(keys[:pages], values[:pages]) for keys, values in caches]
+        if n == first and compile:
+            run_layer = torch.compile(run_layer, options=DECODE_OPTIONS)
+            next_logits = torch.compile(next_logits, options=DECODE_OPTIONS)
+            for tensor in chain(*in_use):  # compiled once, for any number of pages
+                torch._dynamo.mark_dynamic(tensor, 0)
+        if n == first and idx.is_cuda:  # the 1,850 launches of a step outlast their work
+            with torch.autocast("cuda", enabled=False):  # on in a training's samples: not captured
+                read = torch.cuda.make_graphed_callables(read, (idx.clone(), positions))
+        how = nullcontext()
+        if T > 1:  # a prompt is not compiled: its length is new each time
+            how = sdpa_kernel(PROMPT_KERNELS)  # without cuDNN, which plans up to 1 s for each T
+        elif compile and n > first:
+            # The first step has shown that what was compiled fits: it is not checked at each token.
+            how = torch.compiler.set_stance(skip_guard_eval_unsafe=True)
+        with how:
+            logits = read(idx, positions)
+        new = sample_token(logits, **sampling)
         yield new
-        idx = new[:, None]
+        idx, n = new[:, None], n + T
 
 
 def config_from_hf(hf):
