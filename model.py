@@ -1,6 +1,6 @@
 """SmolLM2-135M in one file: the Llama architecture, its loss, generation with a key/value cache.
 
-    python model.py            # the module tree, the parameter table, FLOPs per token
+    python model.py            # the module tree and the parameter table
 
 Modules, parameters and config fields carry Hugging Face's names: weights go in and out as they are.
 Sizes: Allal et al. 2025, "SmolLM2" (arXiv:2502.02737), and the published config.json.
@@ -12,6 +12,7 @@ import math
 import os
 import re
 import textwrap
+from collections import Counter
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field, fields
 from functools import lru_cache
@@ -19,8 +20,8 @@ from itertools import chain
 from pathlib import Path
 
 import torch
-import torch.nn as nn
 import torch.nn.functional as F
+from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
@@ -315,12 +316,6 @@ class SmolLM2(nn.Module):
             self.run_layers = torch.compile(self.run_layers, mode=mode)
         self.loss_kernel = torch.compile(cross_entropy_and_gradient)
 
-    def flops_per_token(self, T):
-        """Training FLOPs a token at length T: 6 N + 6 L H D T, as in PaLM (arXiv:2204.02311), but
-        for the half of the attention that a causal mask leaves out."""
-        N = sum(p.numel() for p in self.parameters())
-        return 6 * N + 6 * self.config.num_hidden_layers * self.config.hidden_size * T
-
 
 # A token takes 8 ms on a CPU, so small things count: sizes that cannot change are not checked, and
 # x * y + z is rounded once.
@@ -526,15 +521,13 @@ def keep_freed_memory():
 def main():
     model = SmolLM2(SmolLM2Config())
     print(f"{model}\n\n{'component':<14}{'parameters':>13}{'share':>9}")
-    sizes = {}
+    sizes = Counter()
     for name, p in model.named_parameters():
         component = "norms" if "norm" in name else name.split(".")[-2]
-        sizes[component] = sizes.get(component, 0) + p.numel()
-    total = sum(sizes.values())
-    for component, n in {**sizes, "total": total}.items():
-        print(f"{component:<14}{n:>13,}{n / total:>9.2%}")
-    for T in (256, 1024, 8192):
-        print(f"training at length {T}: {model.flops_per_token(T) / 1e9:.3f} GFLOPs a token")
+        sizes[component] += p.numel()
+    sizes["total"] = sizes.total()
+    for component, n in sizes.items():
+        print(f"{component:<14}{n:>13,}{n / sizes['total']:>9.2%}")
 
 
 if __name__ == "__main__":

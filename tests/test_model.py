@@ -14,6 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import model as M
 import train
 from model import LinearCrossEntropy, SmolLM2, SmolLM2Config, generate, sample_token
+from tools.bench import flops_per_token
 
 SMALL = dict(vocab_size=211, hidden_size=48, intermediate_size=80, num_hidden_layers=3,
              num_attention_heads=6, num_key_value_heads=2, max_position_embeddings=2048,
@@ -70,7 +71,7 @@ def test_it_has_134_515_008_parameters_with_the_names_and_shapes_of_transformers
     assert {k: v.shape for k, v in found.items()} == {k: v.shape for k, v in wanted.items()}
     assert ours.lm_head.weight is ours.model.embed_tokens.weight
     scores = 30 * 9 * 64 * 256
-    assert ours.flops_per_token(256) == 6 * 134_515_008 + 6 * scores
+    assert flops_per_token(ours, 256) == 6 * 134_515_008 + 6 * scores
     rows = re.findall(r"^(\w+) +([\d,]+) +[\d.]+%$", capsys.readouterr().out, re.M)
     counts = {name: int(n.replace(",", "")) for name, n in rows}
     assert counts.pop("total") == sum(counts.values()) == 134_515_008

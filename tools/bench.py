@@ -369,13 +369,20 @@ def compare_steps(args, report, part, works):
         for c in contestants:
             seconds = c.get("seconds")
             s, ratios = statistics.median(seconds), [p / q for p, q in zip(seconds, first)]
-            flops, memory = B * T * model.flops_per_token(T) / s, max(c.get("memory"))
+            flops, memory = B * T * flops_per_token(model, T) / s, max(c.get("memory"))
             report[part][f"{shape} {c.label}"] = {
                 "seconds": seconds, "tokens_per_sec": B * T / s, "ratios": ratios,
                 "flops": flops, "memory": memory, "first": c.first}
             print(f"{shape + ' ' + c.label:<32}{spread(seconds, '{:.3f}'):>24}{B * T / s:>9,.0f}"
                   f"{spread(ratios):>22}{flops / 1e12:>9.3f}{flops / rate:>9.0%}"
                   f"{memory / 1e9:>6.1f} GB{c.first:>6.0f} s", flush=True)
+
+
+def flops_per_token(model, T):
+    """Training FLOPs a token at length T: 6 N + 6 L H D T, as in PaLM (arXiv:2204.02311), but for
+    the half of the attention that a causal mask leaves out."""
+    N = sum(p.numel() for p in model.parameters())
+    return 6 * N + 6 * model.config.num_hidden_layers * model.config.hidden_size * T
 
 
 def bench_exact(args, report):
