@@ -457,7 +457,7 @@ def from_pretrained(source):
 def pick_device(device="auto", dtype="auto"):
     """(torch.device, torch.dtype, the reason for that dtype). "cuda" is this process's own GPU.
 
-    Raises ValueError, in one line, for a device that is not available."""
+    Raises ValueError for a device that is not available."""
     if device == "auto":
         modules = {"cuda": torch.cuda, "mps": torch.backends.mps, "cpu": torch.cpu}
         device = next(name for name, module in modules.items() if module.is_available())
@@ -466,20 +466,18 @@ def pick_device(device="auto", dtype="auto"):
     try:
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError) as e:
-        raise ValueError(f"device = {device!r} is not available here: {e}".splitlines()[0])
+        raise ValueError(f"device = {device!r} is not available here: {e}")
     device = torch.device(device)
     if dtype != "auto":
         return device, getattr(torch, dtype), "as asked"
+    second, has = torch.float32, torch.cpu.get_capabilities()
     if device.type == "cuda":
-        major, minor = torch.cuda.get_device_capability(device)
-        if major >= 8:
-            return device, torch.bfloat16, f"compute capability {major}.{minor}"
-        return device, torch.float16, f"compute capability {major}.{minor} emulates bf16"
-    found = torch.cpu.get_capabilities()  # where it has none of these, bf16 is slower than fp32
-    native = found.get("avx512_bf16") or found.get("amx_bf16") or found.get("bf16")
-    if device.type == "cpu" and native:
-        return device, torch.bfloat16, "the processor has it"
-    return device, torch.float32, "no native bf16"
+        native, second = torch.cuda.get_device_capability(device) >= (8, 0), torch.float16
+    else:
+        native = device.type == "cpu" and any(has[name] for name in has if "bf16" in name)
+    if native:
+        return device, torch.bfloat16, "native"
+    return device, second, "no native bf16"  # emulated, it is slower than this
 
 
 @lru_cache
@@ -495,7 +493,7 @@ def compiler_problem(device):
             torch._dynamo.reset()
             return None
         except Exception as e:  # without a compiler, all still works
-            problem = " ".join(str(e).split())[:90] or type(e).__name__
+            problem = textwrap.shorten(f"{type(e).__name__}: {e}", 90)
     return problem
 
 

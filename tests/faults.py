@@ -108,7 +108,7 @@ test_model::test_tokens_come_with_the_probabilities_of_the_softmax
 test_model::test_more_positions_than_the_model_has_are_a_clear_error
   model: one position too many | if T > limit: | if T > limit + 1:
 test_model::test_bf16_is_picked_where_the_machine_has_it_and_each_process_has_its_own_gpu
-  model: an old GPU gets bf16 | if major >= 8: | if major >= 7:
+  model: an old GPU gets bf16 | >= (8, 0) | >= (7, 0)
 test_prepare::test_every_file_reaches_the_disk_before_the_folder_takes_its_name
   prepare: a file is not flushed to the disk | os.fsync(handle) | pass
 test_prepare::test_damage_is_told_in_one_line

@@ -390,7 +390,7 @@ def test_a_compiler_that_does_not_work_is_a_reason_in_one_line_and_no_error(monk
     M.compiler_problem.cache_clear()
     problem = M.compiler_problem(cpu)
     M.compiler_problem.cache_clear()  # before it is asked in earnest
-    assert problem.startswith("no compiler x") and len(problem) <= 90
+    assert problem == "RuntimeError: no compiler [...]"
     monkeypatch.setattr(M, "compiler_problem", lambda device: "none")
     assert not M.worth_compiling(cpu, 5000)
     monkeypatch.setattr(M, "compiler_problem", lambda device: None)
