@@ -14,7 +14,7 @@ import re
 import textwrap
 from collections import Counter
 from contextlib import nullcontext, suppress
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import chain
 from pathlib import Path
@@ -411,17 +411,18 @@ def config_from_hf(hf):
     heads = given.get("num_attention_heads", 1)
     found = {"tie_word_embeddings": False, "initializer_range": 0.02, "rms_norm_eps": 1e-6,
              "max_position_embeddings": 2048, "num_key_value_heads": heads,
-             "rope_theta": 10_000.0, "rope_type": rope.get("type", "default"), **rope, **given}
+             "rope_theta": 10_000.0, **rope, **given}
     required = {"model_type": "llama", "tie_word_embeddings": True, "hidden_act": "silu",
-                "rope_type": "default", "partial_rotary_factor": 1.0, "attention_bias": False,
-                "mlp_bias": False, "head_dim": given.get("hidden_size", 0) // heads}
+                "rope_type": "default", "type": "default",  # (the older name of the same)
+                "partial_rotary_factor": 1.0, "attention_bias": False, "mlp_bias": False,
+                "head_dim": given.get("hidden_size", 0) // heads}
     wrong = [f"{name} = {found[name]!r} (only {value!r})"
              for name, value in required.items() if found.get(name, value) != value]
-    sizes = {f.name: f.type for f in fields(SmolLM2Config)}
-    wrong += [f"{name} is missing" for name in sizes if name not in found]
+    kinds = SmolLM2Config.__annotations__
+    wrong += [f"{name} is missing" for name in kinds if name not in found]
     if wrong:
         raise ValueError("not supported in config.json: " + "; ".join(wrong))
-    return SmolLM2Config(**{name: kind(found[name]) for name, kind in sizes.items()})
+    return SmolLM2Config(**{name: kind(found[name]) for name, kind in kinds.items()})
 
 
 def model_of(config, weights):
@@ -446,12 +447,12 @@ def from_pretrained(source):
             folder = Path(snapshot_download(source, allow_patterns=["*.json", "*.safetensors"]))
         config = config_from_hf(json.loads((folder / "config.json").read_bytes()))
         for file in sorted(folder.glob("*.safetensors")):
-            state.update(load_file(file))
+            state |= load_file(file)
         state["lm_head.weight"] = state.get("model.embed_tokens.weight")  # in most files once
         return model_of(config, state).float()
     except Exception as e:
-        problem = textwrap.shorten(str(e), 200)
-        raise ValueError(f"cannot load {source}: {type(e).__name__}: {problem}") from e
+        problem = textwrap.shorten(f"{type(e).__name__}: {e}", 200)
+        raise ValueError(f"cannot load {source}: {problem}") from e
 
 
 def pick_device(device="auto", dtype="auto"):

@@ -358,7 +358,7 @@ def test_config_json_is_read_as_transformers_reads_it():
 @pytest.mark.parametrize("change, named", [
     (dict(attention_bias=True), "attention_bias"), (dict(hidden_act="gelu"), "hidden_act"),
     (dict(model_type="qwen2"), "model_type"), (dict(head_dim=16), "head_dim"),
-    (dict(rope_parameters=None, rope_scaling={"type": "linear", "factor": 2.0}), "rope_type"),
+    (dict(rope_parameters=None, rope_scaling={"type": "linear", "factor": 2.0}), "type = 'linear'"),
     (dict(rope_parameters={"rope_type": "llama3", "rope_theta": 5e5}), "rope_type"),
     (dict(tie_word_embeddings=False), "tie_word_embeddings"),
     (dict(hidden_size=None), "hidden_size"), (dict(intermediate_size=81), "size mismatch")])
