@@ -95,9 +95,9 @@ def rotary_table(T, config, device):
     if T > limit:
         raise ValueError(f"{T} tokens do not fit into the model's {limit} positions "
                          "(max_position_embeddings): shorten the prompt, or ask for fewer new ones")
-    exponent = torch.arange(0, config.head_dim, 2, device=device).float() / config.head_dim
-    positions = torch.arange(T, device=device).float()
-    angles = positions[:, None] * (1.0 / config.rope_theta**exponent)  # (T, D / 2)
+    exponents = torch.arange(0.0, config.head_dim, 2, device=device) / config.head_dim
+    positions = torch.arange(0.0, T, device=device)
+    angles = torch.outer(positions, 1.0 / config.rope_theta**exponents)  # (T, D / 2)
     return torch.cat((angles, angles), dim=-1).cos(), torch.cat((-angles, angles), dim=-1).sin()
 
 
@@ -162,11 +162,11 @@ class Attention(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.head_dim = config.head_dim
-        kv_size = config.num_key_value_heads * config.head_dim
-        self.q_proj = Linear(config.hidden_size, config.hidden_size)  # H * D is as much
-        self.k_proj = Linear(config.hidden_size, kv_size)
-        self.v_proj = Linear(config.hidden_size, kv_size)
-        self.o_proj = Linear(config.hidden_size, config.hidden_size)
+        size, kv_size = config.hidden_size, config.num_key_value_heads * config.head_dim
+        self.q_proj = Linear(size, size)  # H * D is as much
+        self.k_proj = Linear(size, kv_size)
+        self.v_proj = Linear(size, kv_size)
+        self.o_proj = Linear(size, size)
 
     def forward(self, x, rotary, cache=None):
         """x: (B, T, hidden_size). cache: keys, values, the positions (T,) at which x joins them."""
@@ -236,8 +236,7 @@ class LinearCrossEntropy(torch.autograd.Function):
     def forward(ctx, x, weight, targets, kernel):
         rows = 512 if x.is_cpu else 8192  # tokens whose logits exist at a time
         w = weight.to(x.dtype)
-        loss = torch.zeros((), device=x.device)
-        dx, dw = torch.empty_like(x), None
+        loss, dx, dw = 0.0, torch.empty_like(x), None
         for i in range(0, len(x), rows):
             logits = x[i:i + rows] @ w.t()  # (rows, V)
             loss += kernel(logits, targets[i:i + rows]).sum()  # logits now hold their gradients
@@ -299,20 +298,19 @@ class SmolLM2(nn.Module):
         """The logits (B, V) of the token after x (B, T, hidden_size), the last layer's output."""
         return self.lm_head(self.model.norm(x[:, -1]))
 
-    def compile_for_training(self, tokens=None):
+    def compile_for_training(self, tokens):
         """Compiles in place what gains by it; the state dict stays as it is.
 
-        tokens: of a step that is one forward and one backward pass. With few, a GPU would wait for
-        its kernels' launches and gets CUDA graphs; a second pass is impossible with them, since it
-        would write the memory that the gradients are in. The embedding and the head stay outside: a
-        compiled embedding adds its gradients in no fixed order."""
+        tokens: of a step that is one forward and one backward pass, else 0. With few, a GPU would
+        wait for its kernels' launches and gets CUDA graphs; a second pass would write the memory
+        that the gradients of the first are in. The embedding and the head stay outside: a compiled
+        embedding adds its gradients in no fixed order."""
         weight = self.lm_head.weight
         if weight.is_cpu:
             for layer in self.model.layers:  # one is compiled and serves all: seconds, not minutes
                 layer.compile()
         else:
-            graphs = weight.is_cuda and tokens is not None and tokens <= 8192
-            mode = "reduce-overhead" if graphs else None
+            mode = "reduce-overhead" if weight.is_cuda and 0 < tokens <= 8192 else None
             self.run_layers = torch.compile(self.run_layers, mode=mode)
         self.loss_kernel = torch.compile(cross_entropy_and_gradient)
 

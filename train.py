@@ -876,7 +876,7 @@ def set_up(out, source, overrides, is_data_typed):
              "differ: every machine needs the same command, data_dir and (to resume) out_dir")
     if run.machine["compile"]:
         is_one_pass = WORLD_SIZE == 1 and config.micro_batch_size in (0, config.batch_size)
-        tokens = config.batch_size * config.block_size if is_one_pass else None
+        tokens = config.batch_size * config.block_size if is_one_pass else 0
         run.model.compile_for_training(tokens)
     if WORLD_SIZE > 1:
         run.net = DistributedDataParallel(run.model, gradient_as_bucket_view=True)
