@@ -10,19 +10,25 @@ The text goes to standard output, all else to standard error. The same seed give
 import os
 import re
 import sys
-from functools import partial
+from itertools import tee, zip_longest
+from operator import itemgetter
 from pathlib import Path
 
 import prepare
 from prepare import number
 
-fail = partial(prepare.fail, "sample.py")
+
+def utf8(text):
+    """A text as typed, or for - the one in standard input; argparse tells where it is not UTF-8."""
+    content = sys.stdin.buffer.read() if text == "-" else text.encode()
+    return content.decode()
 
 
 def parse_args(argv):
     parser = prepare.new_parser("sample.py", __doc__)
     add = parser.add_argument
-    add("--prompt", default="\n", help="text to continue; - reads standard input [a line break]")
+    add("--prompt", type=utf8, default="\n",
+        help="text to continue; - reads standard input [a line break]")
     add("--checkpoint", default="out", help="a file, an out_dir (its newest), best, OUT_DIR/best, "
         "a folder in Hugging Face's format, or a hub name [out]")
     add("--temperature", type=number(float, 0, 1e6), default=0.8,
@@ -38,14 +44,8 @@ def parse_args(argv):
     add("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"),
         help="[auto: bfloat16 where the machine has it]")
     args = parser.parse_args(argv)
-    try:
-        if args.prompt == "-":
-            args.prompt = sys.stdin.buffer.read().decode()
-        args.prompt.encode()
-    except UnicodeError:
-        fail("--prompt: not UTF-8 text", 2)
     if "" in args.stop:
-        fail("--stop: an empty text would end at once", 2)
+        parser.error("--stop: an empty text would end at once")
     return args
 
 
@@ -77,35 +77,29 @@ def load(checkpoint):
                      f"{places[1]}: copy it to the first")
 
 
-class Streamer:
-    """Turns the ids of one text into text as they come: whole characters, no stop text."""
+def stream(tokens, tokenizer, eos, prompt, stops):
+    """Yields the text that is certain by each of the tokens after a prompt's, and then the rest.
 
-    def __init__(self, tokenizer, prompt, stops):
-        from tokenizers.decoders import DecodeStream
-        self.tokenizer, self.stops = tokenizer, stops
-        self.stream = DecodeStream(prompt, skip_special_tokens=False)
-        self.held_back = max(map(len, stops), default=1) - 1  # characters: a stop may begin there
-        self.waiting, self.ended = "", False
-
-    def push(self, token):
-        """Adds a token and returns the text that is now certain."""
-        self.waiting += self.stream.step(self.tokenizer, token) or ""
-        found = [self.waiting.find(stop) for stop in self.stops if stop in self.waiting]
+    Whole characters, and nothing from eos or a stop text on. prompt: its ids."""
+    from tokenizers.decoders import DecodeStream
+    decoder, waiting = DecodeStream(prompt, skip_special_tokens=False), ""
+    held_back = max(map(len, stops), default=1) - 1  # characters: a stop text may begin there
+    for token in tokens:
+        if token == eos:
+            break
+        waiting += decoder.step(tokenizer, token) or ""
+        found = [waiting.find(stop) for stop in stops if stop in waiting]
         if found:
-            self.waiting = self.waiting[:min(found)]
-            return self.finish()
-        end = max(0, len(self.waiting) - self.held_back)
-        text, self.waiting = self.waiting[:end], self.waiting[end:]
-        return text
-
-    def finish(self):
-        """The rest, after the last token."""
-        text, self.waiting, self.ended = self.waiting, "", True
-        return text
+            waiting = waiting[:min(found)]
+            break
+        end = max(0, len(waiting) - held_back)
+        yield waiting[:end]
+        waiting = waiting[end:]
+    yield waiting
 
 
 def write(model, tokenizer, eos, prompt, num_samples, max_new_tokens, stop, seed, **sampling):
-    """Yields (number of the text, piece of it) as the tokens of the texts after a prompt come.
+    """Yields a tuple at each step: of each text after the prompt, its next piece.
 
     stop: a list of texts. sampling: see model.sample_token. Raises ValueError where prompt and new
     tokens are too many."""
@@ -118,15 +112,10 @@ def write(model, tokenizer, eos, prompt, num_samples, max_new_tokens, stop, seed
     generator = torch.Generator(device).manual_seed(seed)
     compiled = worth_compiling(device, max_new_tokens)
     tokens = generate(model, idx, max_new_tokens, compiled, generator=generator, **sampling)
-    streams = [Streamer(tokenizer, ids, stop) for _ in range(num_samples)]
-    for step in tokens:  # (num_samples,)
-        for i, (stream, token) in enumerate(zip(streams, step.tolist())):
-            if not stream.ended:
-                yield i, stream.finish() if token == eos else stream.push(token)
-        if all(stream.ended for stream in streams):
-            return
-    for i, stream in enumerate(streams):
-        yield i, stream.finish()
+    rows = tee(map(torch.Tensor.tolist, tokens), num_samples)  # each text takes its own from them
+    texts = [stream(map(itemgetter(i), rows[i]), tokenizer, eos, ids, stop)
+             for i in range(num_samples)]
+    yield from zip_longest(*texts, fillvalue="")
 
 
 @prepare.command("sample.py")
@@ -137,31 +126,29 @@ def main(argv=None):
     try:
         device, dtype, _ = pick_device(options.pop("device"), options.pop("dtype"))
     except ValueError as e:
-        fail(f"--{e}", 2)
+        prepare.fail("sample.py", f"--{e}", 2)
     model, folder, state = load(options.pop("checkpoint"))
     if state:
         hint = hint_of_best(state["file"].parent, state)
         prepare.log(f"{state['file']}: step {state['step']}{hint}")
     keep_freed_memory()
-    pieces = write(model.to(device, dtype), *prepare.open_tokenizer(folder), **options)
     texts = [f"--- {i + 1}\n{options['prompt']}" for i in range(options["num_samples"])]
     if len(texts) == 1:
         texts = [options["prompt"]]
     sys.stdout = sys.stdout.stream  # the bare one: here, what cannot be written is an error
-    sys.stdout.reconfigure(encoding="utf-8", errors="replace")
+    sys.stdout.reconfigure(encoding="utf-8")
     try:
-        for i, piece in pieces:
-            texts[i] += piece
-            if i == 0:  # this one is shown as it comes, the others when all are done
-                print(texts[0], end="", flush=True)
-                texts[0] = ""
+        for pieces in write(model.to(device, dtype), *prepare.open_tokenizer(folder), **options):
+            texts = [text + piece for text, piece in zip(texts, pieces)]
+            print(texts[0], end="", flush=True)  # as it comes; the others when all are done
+            texts[0] = ""
         print(*texts, sep="\n")
     except BrokenPipeError:  # the reader, such as `head`, has seen enough
         os._exit(0)
     except (MemoryError, RuntimeError) as e:
-        if not is_out_of_memory(e):
-            raise
-        fail("out of memory: lower --num_samples or --max_new_tokens")
+        if is_out_of_memory(e):
+            raise ValueError("out of memory: lower --num_samples or --max_new_tokens") from None
+        raise
 
 
 if __name__ == "__main__":

@@ -117,12 +117,12 @@ test_prepare::test_damage_is_told_in_one_line
 test_prepare::test_every_byte_is_kept_but_the_byte_order_mark
   prepare: the byte order mark stays | .removeprefix("\ufeff") | .removeprefix("")
 test_sample::test_a_stop_text_over_several_tokens_is_never_shown_not_even_its_beginning
-  sample: a stop text is shown | self.waiting[:min(found)] | self.waiting
-  sample: the beginning of a stop text is shown | self.held_back) | 0)
+  sample: a stop text is shown | waiting[:min(found)] | waiting
+  sample: the beginning of a stop text is shown | - held_back) | - 0)
 test_sample::test_standard_output_is_the_prompt_and_the_text_and_nothing_else
   sample: the prompt is cut | print(texts[0], end | print(texts[0][1:], end
 test_sample::test_it_ends_at_endoftext
-  sample: text goes on after its end | if token == eos else stream | if False else stream
+  sample: text goes on after its end | if token == eos: | if False:
 test_sample::test_standard_output_is_the_prompt_and_the_text_and_nothing_else
   sample: the seed is not used | .manual_seed(seed) | .manual_seed(1)
 """

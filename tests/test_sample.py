@@ -12,7 +12,6 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import model as M
 import sample
 import train
-from sample import Streamer
 from tests.harness import ROOT, expect_end, refused, run_main
 
 PROMPT = "ROMEO:"
@@ -87,11 +86,8 @@ def stream(tokenizer, prompt, text, stops=()):
     before, ids = tokenizer.encode(prompt), tokenizer.encode(prompt + text)
     if ids[:len(before)] != before:  # the last token of the prompt grew: take the two apart
         ids = before + tokenizer.encode(text)
-    streamer, pieces = Streamer(tokenizer.backend_tokenizer, before, list(stops)), []
-    for token in ids[len(before):]:
-        if not streamer.ended:
-            pieces.append(streamer.push(token))
-    return [*pieces, streamer.finish()], ids[len(before):]
+    new = ids[len(before):]
+    return list(sample.stream(new, tokenizer.backend_tokenizer, None, before, stops)), new
 
 
 @pytest.mark.parametrize("text", ["naïve café", "🙂🙃 👩‍👩‍👧‍👦", "日本語。", "𝔘𝔫𝔦 ≈√", "plain\n\n  text "])
@@ -106,9 +102,9 @@ def test_characters_split_over_tokens_come_out_whole(tokenizer, prompt, text):
 
 
 def test_a_character_that_never_becomes_whole_does_not_hold_up_the_end(tokenizer):
-    streamer = Streamer(tokenizer.backend_tokenizer, tokenizer.encode("x"), [])
-    pieces = map(streamer.push, tokenizer.encode("a🙂")[:-1])
-    assert "".join(pieces) == "a" and "a" not in streamer.finish()
+    before, ids = tokenizer.encode("x"), tokenizer.encode("a🙂")[:-1]
+    *pieces, last = sample.stream(ids, tokenizer.backend_tokenizer, None, before, [])
+    assert "".join(pieces) == "a" and "a" not in last
 
 
 @pytest.mark.parametrize("prompt, text, stops, shown", [

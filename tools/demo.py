@@ -77,7 +77,7 @@ def stream(is_on, name, prompt, stops, seed, length, temperature, top_k, top_p):
     while new and is_on():
         with ONE_STEP:
             began = time.perf_counter()
-            new = [piece for _, piece in islice(pieces, count)]
+            new = [piece for (piece,) in islice(pieces, count)]
             seconds += time.perf_counter() - began
         text += "".join(new)
         tokens = min(tokens + len(new), int(length))  # (the end has a piece, and no token)
