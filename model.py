@@ -109,8 +109,7 @@ def apply_rotary(x, cos, sin):
 def attention(q, k, v):
     """Causal attention (B, H, T, D) of q (B, H, T, D) over k and v (B, H_kv, T, D).
 
-    The next two functions compute the same where that is faster: a change belongs into all three.
-    """
+    The next two functions compute the same, faster: a change belongs into all three."""
     device = q.device.type
     if device == "cpu" and torch.compiler.is_compiling():
         return cpu_attention(q, k, v)
@@ -301,10 +300,9 @@ class SmolLM2(nn.Module):
     def compile_for_training(self, tokens):
         """Compiles in place what gains by it; the state dict stays as it is.
 
-        tokens: of a step that is one forward and one backward pass, else 0. With few, a GPU would
-        wait for its kernels' launches and gets CUDA graphs; a second pass would write the memory
-        that the gradients of the first are in. The embedding and the head stay outside: a compiled
-        embedding adds its gradients in no fixed order."""
+        tokens: of a step that is one pass forward and back, else 0. With few, a GPU would wait for
+        its kernels' launches and gets CUDA graphs; in these, a second pass would write over the
+        gradients of the first. A compiled embedding would add its own in no fixed order."""
         weight = self.lm_head.weight
         if weight.is_cpu:
             for layer in self.model.layers:  # one is compiled and serves all: seconds, not minutes
@@ -438,7 +436,6 @@ def from_pretrained(source):
     for what is missing or different."""
     from huggingface_hub import snapshot_download
     from safetensors.torch import load_file
-
     folder, state = Path(source), {}
     try:
         if re.fullmatch(HUB_NAME, str(source)) and not folder.is_dir():
@@ -458,8 +455,8 @@ def pick_device(device="auto", dtype="auto"):
 
     Raises ValueError for a device that is not available."""
     if device == "auto":
-        modules = {"cuda": torch.cuda, "mps": torch.backends.mps, "cpu": torch.cpu}
-        device = next(name for name, module in modules.items() if module.is_available())
+        names = ("cuda", "mps", "cpu")
+        device = next(name for name in names if torch.get_device_module(name).is_available())
     if device == "cuda":
         device = "cuda:" + os.environ.get("LOCAL_RANK", "0")
     try:
