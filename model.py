@@ -466,14 +466,14 @@ def pick_device(device="auto", dtype="auto"):
     device = torch.device(device)
     if dtype != "auto":
         return device, getattr(torch, dtype), "as asked"
-    second, has = torch.float32, torch.cpu.get_capabilities()
+    fallback, has = torch.float32, torch.cpu.get_capabilities()
     if device.type == "cuda":
-        native, second = torch.cuda.get_device_capability(device) >= (8, 0), torch.float16
+        native, fallback = torch.cuda.get_device_capability(device) >= (8, 0), torch.float16
     else:
         native = device.type == "cpu" and any(has[name] for name in has if "bf16" in name)
     if native:
         return device, torch.bfloat16, "native"
-    return device, second, "no native bf16"  # emulated, it is slower than this
+    return device, fallback, "no native bf16"  # emulated, it is slower than this
 
 
 @lru_cache
