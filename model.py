@@ -352,8 +352,8 @@ def generate(model, idx, max_new_tokens, compile=False, **sampling):
 
     Each layer's keys (pages, B * H_kv, D, PAGE) and values (pages, B * H_kv, PAGE, D) are cached in
     pages of positions: only those in use are read, in parallel."""
-    (B, T), config, zeros = idx.shape, model.config, model.lm_head.weight.new_zeros
-    size, D = T + max_new_tokens, config.head_dim
+    (B, T), config = idx.shape, model.config
+    size, D, zeros = T + max_new_tokens, config.head_dim, model.lm_head.weight.new_zeros
     cos, sin = rotary_table(size, config, idx.device)
     shape = math.ceil(size / PAGE) + 1, B * config.num_key_value_heads
     caches = [(zeros(*shape, D, PAGE), zeros(*shape, PAGE, D)) for _ in model.model.layers]
@@ -385,13 +385,13 @@ def generate(model, idx, max_new_tokens, compile=False, **sampling):
         if n == first and idx.is_cuda:  # the 1,850 launches of a step outlast their work
             with torch.autocast("cuda", enabled=False):  # on in a training's samples: not captured
                 read = torch.cuda.make_graphed_callables(read, (idx.clone(), positions))
-        how = nullcontext()
+        context = nullcontext()
         if T > 1:  # a prompt is not compiled: its length is new each time
-            how = sdpa_kernel(PROMPT_KERNELS)  # without cuDNN, which plans up to 1 s for each T
+            context = sdpa_kernel(PROMPT_KERNELS)  # without cuDNN, which plans up to 1 s for each T
         elif compile and n > first:
             # The first step has shown that what was compiled fits: it is not checked at each token.
-            how = torch.compiler.set_stance(skip_guard_eval_unsafe=True)
-        with how:
+            context = torch.compiler.set_stance(skip_guard_eval_unsafe=True)
+        with context:
             logits = read(idx, positions)
         new = sample_token(logits, **sampling)
         yield new

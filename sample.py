@@ -78,7 +78,7 @@ def load(checkpoint):
 
 
 def stream(tokens, tokenizer, eos, prompt, stops):
-    """Yields the text that is certain by each of the tokens after a prompt's, and then the rest.
+    """Yields the text that each of the tokens after a prompt makes certain, then what is left.
 
     Whole characters, and nothing from eos or a stop text on. prompt: its ids."""
     from tokenizers.decoders import DecodeStream
@@ -99,7 +99,7 @@ def stream(tokens, tokenizer, eos, prompt, stops):
 
 
 def write(model, tokenizer, eos, prompt, num_samples, max_new_tokens, stop, seed, **sampling):
-    """Yields a tuple at each step: of each text after the prompt, its next piece.
+    """Yields at each step the next pieces of the texts after a prompt, a tuple.
 
     stop: a list of texts. sampling: see model.sample_token. Raises ValueError where prompt and new
     tokens are too many."""
