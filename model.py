@@ -432,8 +432,7 @@ def model_of(config, weights):
 def from_pretrained(source):
     """Loads a model (fp32, CPU) from a folder in Hugging Face's format, or the hub by USER/NAME.
 
-    Weights come from safetensors alone, which cannot carry code. Raises ValueError, in one line,
-    for what is missing or different."""
+    Weights come from safetensors alone, which cannot carry code. Raises ValueError, in one line."""
     from huggingface_hub import snapshot_download
     from safetensors.torch import load_file
     folder, state = Path(source), {}
@@ -453,7 +452,7 @@ def from_pretrained(source):
 def pick_device(device="auto", dtype="auto"):
     """(torch.device, torch.dtype, the reason for that dtype). "cuda" is this process's own GPU.
 
-    Raises ValueError for a device that is not available."""
+    Raises ValueError where there is no such device."""
     if device == "auto":
         names = ("cuda", "mps", "cpu")
         device = next(name for name in names if torch.get_device_module(name).is_available())

@@ -50,14 +50,12 @@ def parse_args(argv):
 
 
 def load(checkpoint):
-    """(model, folder of its tokenizer, state) of a checkpoint, a folder in Hugging Face's format,
-    or a hub name.
+    """(model, its tokenizer's folder, state) of a checkpoint, an exported folder or a hub name.
 
     state: the checkpoint's dict, with its path as "file"; None for the others. Raises ValueError,
     in one line, where there is nothing to load. The hub is asked only for USER/NAME as typed."""
     from model import HUB_NAME, from_pretrained, model_of
     from train import TrainConfig, load_checkpoint
-
     path = Path("out/best") if checkpoint == "best" else Path(checkpoint).expanduser()
     if (path / "config.json").is_file():
         return from_pretrained(path), path, None
