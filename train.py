@@ -52,16 +52,16 @@ from model import (SmolLM2, SmolLM2Config, compiler_problem, from_pretrained, ge
 class TrainConfig(SmolLM2Config):
     """Every key of a recipe and of the command line; the model's sizes are inherited.
 
-    zero: the value may be 0 or empty. free: a resumed run may change it without a word."""
+    free: a resumed run may change it without a word. What else holds of them: RULES."""
     # the run
     out_dir: str = key("out", "where checkpoints, metrics and samples are written", free=True)
     data_dir: str = key("data/shakespeare", "made by prepare.py or tools.corpus", free=True)
-    init_from: str = key("", "start from these weights: a folder or a hub name", zero=True)
-    seed: int = key(1337, "of the first weights, the order of the data, the samples", zero=True)
+    init_from: str = key("", "start from these weights: a folder or a hub name")
+    seed: int = key(1337, "of the first weights, the order of the data, the samples")
     max_steps: int = key(5000, "optimizer steps of the whole run", free=True)
     # the batch
     batch_size: int = key(4, "sequences in one optimizer step, over all processes")
-    micro_batch_size: int = key(0, "sequences one process runs at once (0: all)", zero=True)
+    micro_batch_size: int = key(0, "sequences one process runs at once (0: all)")
     block_size: int = key(256, "tokens in a sequence")
     # the optimizer
     optimizer: str = key("adamw", "adamw; muon: Muon for the layers' matrices, AdamW for the rest",
@@ -70,20 +70,20 @@ class TrainConfig(SmolLM2Config):
     muon_learning_rate: float = key(0.02, "of Muon, after the warm-up; it follows the same curve")
     lr_schedule: str = key("cosine", "cosine; wsd: constant, then linear decay in the last fifth",
                            choices=("cosine", "wsd"))
-    min_lr: float = key(3e-5, "at the end of the decay, and after it", zero=True)
-    warmup_steps: int = key(100, "steps of linear warm-up", zero=True)
-    lr_decay_steps: int = key(0, "step at which the decay ends (0: max_steps)", zero=True)
-    weight_decay: float = key(0.1, "on matrices, not on norms", zero=True)
-    beta1: float = key(0.9, "decay of the gradient's running mean", zero=True)
-    beta2: float = key(0.95, "decay of its square's running mean", zero=True)
-    grad_clip: float = key(1.0, "largest norm of the gradient (0: no clipping)", zero=True)
+    min_lr: float = key(3e-5, "at the end of the decay, and after it")
+    warmup_steps: int = key(100, "steps of linear warm-up")
+    lr_decay_steps: int = key(0, "step at which the decay ends (0: max_steps)")
+    weight_decay: float = key(0.1, "on matrices, not on norms")
+    beta1: float = key(0.9, "decay of the gradient's running mean")
+    beta2: float = key(0.95, "decay of its square's running mean")
+    grad_clip: float = key(1.0, "largest norm of the gradient (0: no clipping)")
     # what is shown, measured and kept; intervals in steps (0: never)
-    log_interval: int = key(10, "a line where no progress bar is shown", zero=True, free=True)
-    eval_interval: int = key(250, "the held-out loss", zero=True, free=True)
+    log_interval: int = key(10, "a line where no progress bar is shown", free=True)
+    eval_interval: int = key(250, "the held-out loss", free=True)
     eval_tokens: int = key(1_000_000, "held-out tokens it reads at most", free=True)
-    sample_interval: int = key(500, "a text in out_dir/samples", zero=True, free=True)
-    checkpoint_interval: int = key(250, "a checkpoint; every end makes one", zero=True, free=True)
-    keep_checkpoints: int = key(2, "newest kept besides the best (0: all)", zero=True, free=True)
+    sample_interval: int = key(500, "a text in out_dir/samples", free=True)
+    checkpoint_interval: int = key(250, "a checkpoint; every end makes one", free=True)
+    keep_checkpoints: int = key(2, "newest kept besides the best (0: all)", free=True)
     # the machine
     device: str = key("auto", "auto, cpu, cuda, cuda:1, mps")
     dtype: str = key("auto", "of the products; weights and optimizer stay float32",
@@ -682,14 +682,11 @@ fail = partial(prepare.fail, "train.py")  # code 1; 2 for what the user typed
 
 def reader(f):
     """The function that makes a value for the config's field f of a text, as argparse wants it."""
-    may_be_zero = f.metadata.get("zero")
-    if f.type is bool:
-        # (What it cannot read, the choices refuse.)
+    if f.type is bool:  # what is no bool, the choices refuse
         return lambda text: ConfigParser.BOOLEAN_STATES.get(text.lower(), text)
     if f.type is str:
-        return os.path.expanduser if may_be_zero else prepare.typed_path
-    smallest = 1 if f.type is int else 1e-12
-    return prepare.number(f.type, 0 if may_be_zero else smallest, 2**48)
+        return prepare.typed_path if f.default else os.path.expanduser  # (may be empty, too)
+    return prepare.number(f.type, 0, 2**48)
 
 
 def read_recipe(path):
@@ -738,8 +735,10 @@ def parse_args(argv):
 
 
 # What the keys obey together: expressions in their names, shown as they are tested.
-RULES = """hidden_size % (2 * num_attention_heads) == 0
-num_attention_heads % num_key_value_heads == 0
+RULES = """min(max_steps, batch_size, block_size, eval_tokens, learning_rate) > 0
+min(vocab_size, hidden_size, intermediate_size, num_hidden_layers, rope_theta) > 0
+num_attention_heads and hidden_size % (2 * num_attention_heads) == 0
+num_key_value_heads and num_attention_heads % num_key_value_heads == 0
 block_size <= max_position_embeddings
 batch_size % (processes * (micro_batch_size or 1)) == 0
 min_lr <= learning_rate
@@ -752,8 +751,8 @@ def check(config, world_size=WORLD_SIZE):
     found, wrong = asdict(config) | {"processes": world_size}, []
     for rule in RULES.splitlines():
         if not eval(rule, {}, found):
-            names = [name for name in re.findall(r"[a-z]\w+", rule) if name in found]
-            values = ", ".join(f"{name} = {found[name]}" for name in names)
+            names = re.findall(r"\w+", rule)
+            values = ", ".join(f"{name} = {found[name]}" for name in found if name in names)
             wrong.append(f"{values}: {rule} must hold")
     if wrong:
         fail("; ".join(wrong), 2)

@@ -79,7 +79,7 @@ def test_the_command_line_wins_over_the_recipe_and_the_recipe_over_the_defaults(
     ("--resume=", "--resume empty"),
     ("--out_dir=", "out_dir empty"),
     ("--learning_rate=nan", "learning_rate nan"),
-    ("--batch_size=0", "batch_size more"),
+    ("--batch_size=0", "batch_size = 0 must hold"),
     ("--hidden_size=34 --min_lr=3", "hidden_size 34 min_lr 3.0"),  # all at once
     ("--dtype=int8", "dtype 'int8' float16"),
     ("--device=tpu9", "device 'tpu9'"),
