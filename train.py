@@ -49,16 +49,24 @@ from model import (SmolLM2, SmolLM2Config, compiler_problem, from_pretrained, ge
 
 
 @dataclass
-class TrainConfig(SmolLM2Config):
-    """Every key of a recipe and of the command line; the model's sizes are inherited.
+class RunControl:
+    """The keys that a resumed run may change and is the same run. Intervals in steps, 0: never."""
+    out_dir: str = key("out", "where checkpoints, metrics and samples are written")
+    data_dir: str = key("data/shakespeare", "made by prepare.py or tools.corpus")
+    max_steps: int = key(5000, "optimizer steps of the whole run")
+    log_interval: int = key(10, "a line where no progress bar is shown")
+    eval_interval: int = key(250, "the held-out loss")
+    eval_tokens: int = key(1_000_000, "held-out tokens it reads at most")
+    sample_interval: int = key(500, "a text in out_dir/samples")
+    checkpoint_interval: int = key(250, "a checkpoint; every end makes one")
+    keep_checkpoints: int = key(2, "newest kept besides the best (0: all)")
 
-    free: a resumed run may change it without a word. What else holds of them: RULES."""
-    # the run
-    out_dir: str = key("out", "where checkpoints, metrics and samples are written", free=True)
-    data_dir: str = key("data/shakespeare", "made by prepare.py or tools.corpus", free=True)
+
+@dataclass
+class TrainConfig(RunControl, SmolLM2Config):
+    """Every key of a recipe and of the command line: those above, the model's sizes, and these."""
     init_from: str = key("", "start from these weights: a folder or a hub name")
     seed: int = key(1337, "of the first weights, the order of the data, the samples")
-    max_steps: int = key(5000, "optimizer steps of the whole run", free=True)
     # the batch
     batch_size: int = key(4, "sequences in one optimizer step, over all processes")
     micro_batch_size: int = key(0, "sequences one process runs at once (0: all)")
@@ -77,13 +85,6 @@ class TrainConfig(SmolLM2Config):
     beta1: float = key(0.9, "decay of the gradient's running mean")
     beta2: float = key(0.95, "decay of its square's running mean")
     grad_clip: float = key(1.0, "largest norm of the gradient (0: no clipping)")
-    # what is shown, measured and kept; intervals in steps (0: never)
-    log_interval: int = key(10, "a line where no progress bar is shown", free=True)
-    eval_interval: int = key(250, "the held-out loss", free=True)
-    eval_tokens: int = key(1_000_000, "held-out tokens it reads at most", free=True)
-    sample_interval: int = key(500, "a text in out_dir/samples", free=True)
-    checkpoint_interval: int = key(250, "a checkpoint; every end makes one", free=True)
-    keep_checkpoints: int = key(2, "newest kept besides the best (0: all)", free=True)
     # the machine
     device: str = key("auto", "auto, cpu, cuda, cuda:1, mps")
     dtype: str = key("auto", "of the products; weights and optimizer stay float32",
@@ -96,6 +97,7 @@ class TrainConfig(SmolLM2Config):
 RANK = int(os.environ.get("RANK", 0))  # which of WORLD_SIZE processes this is, by torchrun
 WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
 KEYS = TrainConfig.__dataclass_fields__
+FREE = RunControl.__dataclass_fields__.keys()
 SIZES = [name for name in SmolLM2Config.__dataclass_fields__ if name != "initializer_range"]
 
 # ---------------------------------------------------------------------------- the order of the data
@@ -339,10 +341,15 @@ def train(run, signals):
     bar.close()
 
 
+@dataclass
 class Run:
     """The config, data and device of a run, and all that a checkpoint has to hold of it."""
-
-    COUNTERS = {"step": int, "epoch": int, "sequence": int, "tokens": int, "seconds": float}
+    step: int = 0  # optimizer steps done
+    epoch: int = 0  # the place in the data: the epoch,
+    sequence: int = 0  # and how many sequences of it were read
+    tokens: int = 0  # trained on so far
+    seconds: float = 0.0  # spent in steps
+    best: dict = None  # {"step", "val_loss"} of the lowest held-out loss
 
     def __init__(self, config, model, data, device, dtype, machine=None):
         self.config, self.data, self.out = config, data, Path(config.out_dir)
@@ -355,11 +362,6 @@ class Run:
         self.optimizers = make_optimizers(self.model, config, dtype)
         self.scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
         self.autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
-        self.step = 0  # optimizer steps done
-        self.epoch = self.sequence = 0  # the place in the data: sequences read of this epoch
-        self.tokens = 0  # trained on so far
-        self.seconds = 0.0  # spent in steps
-        self.best = None  # {"step", "val_loss"} of the lowest held-out loss
         self.metrics = None  # the open metrics.jsonl, in the first process
         random.seed(config.seed + RANK)
         np.random.seed((config.seed + RANK) % 2**32)
@@ -376,9 +378,8 @@ class Run:
 
     def state(self):
         """All that a checkpoint holds but for the random generators, see save."""
-        counters = {name: getattr(self, name) for name in self.COUNTERS}
         optimizers = {name: optimizer.state_dict() for name, optimizer in self.optimizers.items()}
-        return {**counters, "best": self.best, "model": self.model.state_dict(), **optimizers,
+        return {**asdict(self), "model": self.model.state_dict(), **optimizers,
                 "scaler": self.scaler.state_dict(), "config": asdict(self.config),
                 "data": self.data.fingerprint(), "machine": self.machine}
 
@@ -388,12 +389,11 @@ class Run:
         Returns the names of all that has changed since, and says which change the bits."""
         old, new = conditions(state), conditions(self.state())
         changed = {name for name in new if old.get(name) != new[name]}
-        free = {name for name, f in KEYS.items() if f.metadata.get("free")}
-        changes = [f"{name} {old.get(name)} → {new[name]}" for name in sorted(changed - free)]
+        changes = [f"{name} {old.get(name)} → {new[name]}" for name in sorted(changed - FREE)]
         if changes:
             show(f"no longer the same run to the bit, since these differ: {', '.join(changes)}")
         self.model.load_state_dict(state["model"])
-        for name in [*self.COUNTERS, "best"]:
+        for name in asdict(self):
             setattr(self, name, state[name])
         for name, optimizer in self.optimizers.items():
             optimizer.load_state_dict(optimizer.state_dict() | {"state": state[name]["state"]})
@@ -411,9 +411,8 @@ class Run:
 
 def conditions(state):
     """What a run depends on, by its state: the keys, over them what a machine made of them."""
-    config = asdict(TrainConfig(**state["config"]))  # (a key that is new since has its default)
     data = {f"{name} data": digest for name, digest in state["data"].items()}
-    return config | state["machine"] | data
+    return state["config"] | state["machine"] | data
 
 
 # ------------------------------------------------------------------------------------- log and stop
@@ -502,8 +501,9 @@ def catch_signals(signals):
 
 DIGEST_MARK = b"sha256:"
 TAIL = len(DIGEST_MARK) + 32
-CONTENT = Run.COUNTERS | {"machine": dict, "train": str, "val": str, "tokenizer": str,
-                          "best": int, "val_loss": float}
+CONTENT = {name: f.type for name, f in (KEYS | Run.__dataclass_fields__).items()}
+CONTENT |= {"machine": dict, "train": str, "val": str, "tokenizer": str, "best": int,
+            "val_loss": float}
 
 
 def digest(raw):
@@ -540,10 +540,12 @@ def read_checkpoint(path, **kwargs):
         if raw[-TAIL:].tobytes() != DIGEST_MARK + digest(raw[:-TAIL]):
             raise ValueError("its sha256 does not fit")
         state = torch.load(path, map_location="cpu", weights_only=True, **kwargs)
-        model_of(TrainConfig(**state["config"]), state["model"])  # raises for other names or shapes
+        config = TrainConfig(**state["config"])
+        model_of(config, state["model"])  # raises for other names or shapes
+        state["config"] = asdict(config)  # (a key that is new since has its default)
         best = state["best"] or {"step": 0, "val_loss": 0.0}
         found = best | state | state["data"] | state["config"] | {"best": best["step"]}
-        for name, kind in (CONTENT | {name: KEYS[name].type for name in state["config"]}).items():
+        for name, kind in CONTENT.items():
             if type(found[name]) is not kind or kind is int and found[name] < 0:
                 raise TypeError(f"{name} = {found[name]!r:.60}")
     except Exception as e:  # a stranger's file can be wrong in any way

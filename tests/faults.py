@@ -39,7 +39,7 @@ test_train::test_the_order_and_the_cuts_change_from_epoch_to_epoch_and_reach_eve
 test_train::test_batches_are_consecutive_tokens_in_the_order_of_the_epochs_shared_by_all_processes
   train: all processes read the same rows | run.sequence + RANK * share | run.sequence
 test_resume::test_tokens_and_the_place_in_the_data_stay_true_when_the_batch_size_changes
-  train: tokens start again on resume | "tokens": int, "seconds": float | "seconds": float
+  train: tokens start again on resume | tokens: int = 0 | tokens = 0
 test_resume::test_another_block_size_begins_an_epoch_anew
   train: another block size keeps the place | self.epoch += self.sequence > 0 | return
 test_train::test_the_learning_rate_warms_up_follows_a_cosine_and_stays_at_the_minimum
