@@ -383,12 +383,20 @@ class Run:
                 "scaler": self.scaler.state_dict(), "config": asdict(self.config),
                 "data": self.data.fingerprint(), "machine": self.machine}
 
-    def load(self, state):
+    def load(self, state, is_data_typed):
         """Takes over a checkpoint's dict, but for what the config says of rates and decays.
 
-        Returns the names of all that has changed since, and says which change the bits."""
-        old, new = conditions(state), conditions(self.state())
+        Says which changes since then change the bits; ends the program where the data cannot."""
+        # The keys, over them what a machine made of them, and the data.
+        old, new = [s["config"] | s["machine"] | s["data"] for s in (state, self.state())]
         changed = {name for name in new if old.get(name) != new[name]}
+        folder = self.config.data_dir
+        if "tokenizer" in changed:
+            fail(f"{folder} has another tokenizer than this run, and its ids mean other texts: "
+                 "restore the data, or start a new run in another --out_dir")
+        if changed & {"train", "val"} and not is_data_typed:
+            fail(f"{folder} is not the data that this run was trained on: restore it, or name it "
+                 f"with --data_dir={shlex.quote(folder)} to continue all the same")
         changes = [f"{name} {old.get(name)} → {new[name]}" for name in sorted(changed - FREE)]
         if changes:
             show(f"no longer the same run to the bit, since these differ: {', '.join(changes)}")
@@ -401,18 +409,11 @@ class Run:
         self.scaler.load_state_dict(state["scaler"] or self.scaler.state_dict())
         if len(state["rng"]) == WORLD_SIZE:
             set_rng_state(state["rng"][RANK])
-        if changed & {"train data", "block_size"}:
+        if changed & {"train", "block_size"}:
             self.epoch += self.sequence > 0  # a place among other blocks: a new epoch begins
             self.sequence = 0
-        if changed & {"val data", "eval_tokens"}:
+        if changed & {"val", "eval_tokens"}:
             self.best = None  # losses of other texts do not compare
-        return changed
-
-
-def conditions(state):
-    """What a run depends on, by its state: the keys, over them what a machine made of them."""
-    data = {f"{name} data": digest for name, digest in state["data"].items()}
-    return state["config"] | state["machine"] | data
 
 
 # ------------------------------------------------------------------------------------- log and stop
@@ -843,21 +844,6 @@ def open_data(config):
     return data
 
 
-def resume_run(run, state, is_data_typed):
-    """Lets the run go on from a checkpoint's dict. Ends the program if it cannot."""
-    try:
-        changed = run.load(state)
-    except Exception as e:  # a stranger's file can be wrong in any way
-        fail(f"the checkpoint does not hold a run: {e!r}")
-    folder = run.config.data_dir
-    if "tokenizer data" in changed:
-        fail(f"{folder} has another tokenizer than this run, and its ids mean other texts: restore "
-             "the data, or start a new run in another --out_dir")
-    if changed & {"train data", "val data"} and not is_data_typed:
-        fail(f"{folder} is not the data that this run was trained on: restore it, or name it with "
-             f"--data_dir={shlex.quote(folder)} to continue all the same")
-
-
 def set_up(out, source, overrides, is_data_typed):
     """The Run that the loop needs, as the checkpoint left it."""
     config, model, state = load_run(out, source, overrides)
@@ -868,8 +854,11 @@ def set_up(out, source, overrides, is_data_typed):
         raise SystemExit(0)
     machine = set_up_machine(config)
     run = Run(config, model, open_data(config), *machine)
-    if state:
-        resume_run(run, state, is_data_typed)
+    try:
+        if state:
+            run.load(state, is_data_typed)
+    except Exception as e:  # a stranger's file can be wrong in any way
+        fail(f"the checkpoint does not hold a run: {e!r}")
     mine = (run.step, run.data.fingerprint(), asdict(config) | {"out_dir": "", "data_dir": ""})
     starts = of_all(mine)
     if starts != [mine] * WORLD_SIZE:

@@ -86,10 +86,10 @@ test_torture::test_nothing_is_lost[signals]
 test_resume::test_a_second_process_is_refused_and_the_first_one_never_notices
   train: two processes write one run | (out / ".lock").exists(): | False:
 test_resume::test_the_run_is_a_whole_whatever_became_of_its_data
-  train: another tokenizer is taken | if "tokenizer data" in changed: | if False:
+  train: another tokenizer is taken | if "tokenizer" in changed: | if False:
   sample: any tokenizer is taken | prepare.digest(folder / "tokenizer.json").startswith(state["data"]["tokenizer"]) | True
 test_resume::test_other_data_are_refused_unless_named
-  train: other data are taken | "val data"} and not is_data_typed: | "val data"} and False:
+  train: other data are taken | "val"} and not is_data_typed: | "val"} and False:
 test_resume::test_where_the_bits_cannot_be_the_same_a_resume_names_why_and_goes_on
   train: changes of the run are not named | if changes: | if False:
 test_model::test_logits_equal_transformers_at_other_sizes

@@ -311,7 +311,7 @@ def test_other_data_are_refused_unless_named(finished, data):
     train.write_checkpoint(finished / "step_000008.pt", state)
     refused(resume_here("out", "--max_steps=9"), "not the data", "--data_dir", code=1)
     result = resume_here("out", "--max_steps=9", f"--data_dir={data}")
-    assert result.code == 0 and "data 00000000" in result.out, result
+    assert result.code == 0 and "train 00000000" in result.out, result
 
 
 def test_a_checkpoint_reaches_the_disk_before_its_name_and_the_name_after(finished, monkeypatch):
