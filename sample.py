@@ -62,10 +62,7 @@ def load(checkpoint):
     is_path = path.parent.exists() or path.suffix == ".pt" or path.name == "best"
     if not is_path and re.fullmatch(HUB_NAME, checkpoint):
         return from_pretrained(checkpoint), prepare.hub_folder(checkpoint), None
-    try:
-        file, state = load_checkpoint(path, mmap=True)
-    except FileNotFoundError as e:
-        raise ValueError(f"{e}: python train.py config/smollm2.py makes one") from None
+    file, state = load_checkpoint(path, mmap=True)
     state["file"] = file
     places = [file.parent / "tokenizer", Path(state["config"]["data_dir"], "tokenizer")]
     for folder in places:

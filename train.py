@@ -26,7 +26,7 @@ import warnings
 from concurrent.futures import ThreadPoolExecutor
 from configparser import ConfigParser
 from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from datetime import timedelta
 from functools import lru_cache, partial
 from pathlib import Path
@@ -568,8 +568,7 @@ def checkpoints(folder):
 def load_checkpoint(source, **kwargs):
     """(path, dict) of a file, of the newest whole checkpoint in a folder, or of FOLDER/best.
 
-    Damaged files are named on the way. Raises FileNotFoundError where there is none, ValueError
-    where none is whole."""
+    Damaged files are named on the way. Raises ValueError where there is none, or none is whole."""
     source = Path(source)
     if source.name == "best" and not source.exists():
         source, state = load_checkpoint(source.parent, mmap=True)
@@ -579,13 +578,14 @@ def load_checkpoint(source, **kwargs):
                 raise ValueError(f"the checkpoint of the best step is gone: {source}")
     paths = checkpoints(source)[::-1] or [source]
     if not paths[0].is_file():
-        raise FileNotFoundError(f"there is no checkpoint {source}")
+        raise ValueError(f"there is no checkpoint {source}: python train.py config/smollm2.py "
+                         "makes one")
     for path in paths:
         try:
             return path, read_checkpoint(path, **kwargs)
         except ValueError as e:
             prepare.log(e)
-    raise ValueError(f"no whole checkpoint in {source}")
+    raise ValueError(f"no whole checkpoint in {source}: start a run in another --out_dir")
 
 
 def hint_of_best(folder, state):
@@ -784,36 +784,34 @@ def find_run(overrides, resume):
     return out, source
 
 
-def load_run(out, source, overrides):
+def load_run(source, overrides):
     """(config, model, state): model has the weights of init_from, state is a checkpoint's dict;
     None where there is no such thing to begin from."""
-    base, model, state, fixed = TrainConfig(), None, None, []
+    out = overrides["out_dir"]
+    model, state, base, fixed = None, None, {}, []
     if source:
         try:
             source, state = load_checkpoint(source)
-        except FileNotFoundError as e:
-            fail(f"--resume: {e}; python train.py config/smollm2.py starts a run", 2)
         except ValueError as e:
-            fail(f"{e}: start a run in another --out_dir")
-        base, fixed = TrainConfig(**state["config"]), [*SIZES, "optimizer"]
+            fail(e, 1 if checkpoints(out) else 2)
+        base, fixed = state["config"], [*SIZES, "optimizer"]
         show(f"resuming from {source} (step {state['step']})")
     elif checkpoints(out):
         fail(f"{out} holds a run: continue it by --resume, choose another --out_dir, or delete it: "
-             f"rm -r -- {shlex.quote(str(out))}", 2)
+             f"rm -r -- {shlex.quote(out)}", 2)
     elif source := overrides.get("init_from"):
         try:
             model = from_pretrained(source)
         except ValueError as e:
             fail(f"init_from: {e}")
-        base, fixed = TrainConfig(**asdict(model.config)), SIZES
+        base, fixed = asdict(model.config), SIZES
         if Path(source).is_dir():  # elsewhere its name could be one of the hub's
             overrides["init_from"] = os.path.abspath(source)
-    for name, value in overrides.items():
-        was = getattr(base, name)
-        if name in fixed and value != was:
-            fail(f"{source} has {name} = {was}, not {value}: leave it out, or start another run in "
-                 "another --out_dir")
-    config = replace(base, **overrides)
+    for name in fixed:
+        if overrides.get(name, base[name]) != base[name]:
+            fail(f"{source} has {name} = {base[name]}, not {overrides[name]}: leave it out, or "
+                 "start another run in another --out_dir")
+    config = TrainConfig(**base | overrides)
     config.lr_decay_steps = config.lr_decay_steps or config.max_steps
     return config, model, state
 
@@ -844,13 +842,13 @@ def open_data(config):
     return data
 
 
-def set_up(out, source, overrides, is_data_typed):
+def set_up(source, overrides, is_data_typed):
     """The Run that the loop needs, as the checkpoint left it."""
-    config, model, state = load_run(out, source, overrides)
+    config, model, state = load_run(source, overrides)
     check(config)
     if state and state["step"] >= config.max_steps:
         show(f"the run is finished: step {state['step']} of {config.max_steps}. Longer: python "
-             f"train.py --resume={shlex.quote(str(out))} --max_steps={state['step'] + 1000}")
+             f"train.py --resume={shlex.quote(config.out_dir)} --max_steps={state['step'] + 1000}")
         raise SystemExit(0)
     machine = set_up_machine(config)
     run = Run(config, model, open_data(config), *machine)
@@ -923,7 +921,7 @@ def main(argv):
     try:
         if RANK == 0 and (out / ".lock").exists():
             lock.acquire()
-        run = set_up(out, source, overrides, is_data_typed)
+        run = set_up(source, overrides, is_data_typed)
         catch_signals(signals)
         if RANK == 0:
             set_up_folder(run, lock)
