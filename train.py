@@ -10,7 +10,6 @@ import argparse
 import ast
 import difflib
 import hashlib
-import importlib.metadata
 import json
 import math
 import os
@@ -116,12 +115,9 @@ def epoch_order(seed, epoch, n, T):
     return rng.integers(n - blocks * T) + T * rng.permutation(blocks)
 
 
-def on_device(ids, device):
-    """Token ids as a tensor there; from pinned memory a GPU takes them while Python goes on."""
-    ids = torch.from_numpy(ids.astype(np.int64))
-    if device.type == "cuda":
-        ids = ids.pin_memory()
-    return ids.to(device, non_blocking=True)
+def on_device(ids, run):
+    """Token ids as a tensor where the run's model is."""
+    return torch.from_numpy(ids.astype(np.int64)).to(run.device)
 
 
 def get_batch(run):
@@ -136,7 +132,7 @@ def get_batch(run):
         epochs, block = divmod(i, blocks_per_epoch(len(ids), T))  # it may reach into the next epoch
         start = epoch_order(run.config.seed, run.epoch + epochs, len(ids), T)[block]
         rows.append(ids[start:start + T + 1])
-    rows = on_device(np.stack(rows), run.device)  # (share, T + 1)
+    rows = on_device(np.stack(rows), run)  # (share, T + 1)
     return rows[:, :-1], rows[:, 1:]
 
 
@@ -172,16 +168,11 @@ def orthogonal(x):
 class Muon(torch.optim.Optimizer):
     """Momentum made orthogonal: Jordan 2024 (kellerjordan.github.io/posts/muon).
 
-    The matrices of a group are stacked and updated at once. scale: brings an update's rows to norm
-    one where its columns, the fewer, have it. dtype: of the products."""
+    A group is one matrix of each layer: they are stacked. dtype: of the products."""
 
     def __init__(self, layers, lr, weight_decay, dtype):
-        groups = []
-        names = [name for name, p in layers[0].named_parameters() if p.dim() == 2]
-        for name in names:
-            params = [layer.get_parameter(name) for layer in layers]
-            rows, columns = params[0].shape
-            groups.append({"params": params, "scale": max(1, rows / columns) ** 0.5})
+        alike = zip(*[layer.parameters() for layer in layers])
+        groups = [{"params": params} for params in alike if params[0].dim() == 2]
         super().__init__(groups, {"lr": lr, "weight_decay": weight_decay})
         self.dtype = dtype
 
@@ -196,8 +187,10 @@ class Muon(torch.optim.Optimizer):
             momentum = state["momentum"].lerp_(grad, 0.05)
             update = momentum.lerp(grad, 0.05)  # Nesterov's: as if the next step's
             update = orthogonal(update.to(self.dtype))
+            _, rows, columns = update.shape
+            scale = max(1, rows / columns) ** 0.5  # rows to norm one, as the fewer columns have
             torch._foreach_mul_(params, 1 - lr * group["weight_decay"])
-            torch._foreach_add_(params, update.unbind(), alpha=-lr * group["scale"])
+            torch._foreach_add_(params, update.unbind(), alpha=-lr * scale)
 
 
 def make_optimizers(model, config, dtype):
@@ -239,11 +232,11 @@ def set_rates(optimizers, factor):
             group["lr"] = optimizer.defaults["lr"] * factor
 
 
-def sum_of_all(number, device):
+def sum_of_all(number, run):
     """A number, added up over all processes."""
     if WORLD_SIZE == 1:
         return number
-    total = torch.tensor(number, device=device)
+    total = torch.tensor(number, device=run.device)
     dist.all_reduce(total)
     return total.item()
 
@@ -257,8 +250,7 @@ def train_step(run, batch):
     parts = list(zip(batch[0].split(size), batch[1].split(size)))
     loss = torch.zeros((), device=run.device)
     for i, (x, y) in enumerate(parts):
-        if WORLD_SIZE > 1:  # gradients are averaged once a step
-            run.net.require_backward_grad_sync = i == len(parts) - 1
+        run.net.require_backward_grad_sync = i == len(parts) - 1  # DDP averages once a step
         with run.autocast:
             _, part = run.net(x, y)
         run.scaler.scale(part / len(parts)).backward()
@@ -266,15 +258,14 @@ def train_step(run, batch):
     for optimizer in run.optimizers.values():
         run.scaler.unscale_(optimizer)
     norm = torch.nn.utils.clip_grad_norm_(run.parameters, run.config.grad_clip or math.inf)
-    loss, norm = sum_of_all(loss.item() / WORLD_SIZE, run.device), norm.item()
+    loss, norm = sum_of_all(loss.item() / WORLD_SIZE, run), norm.item()
     # In fp16 a gradient that overflows is no failure: the step is skipped, the scale lowered.
-    is_skipped = run.scaler.is_enabled() and not math.isfinite(norm)
-    if not math.isfinite(loss) or not (math.isfinite(norm) or is_skipped):
+    if not math.isfinite(loss) or not (math.isfinite(norm) or run.scaler.is_enabled()):
         raise FloatingPointError(f"in step {run.step + 1} the loss is {loss} and the gradient norm "
                                  f"{norm}: stopped before the weights were changed. Try a lower "
                                  "--learning_rate")
     for optimizer in run.optimizers.values():
-        if not is_skipped:
+        if math.isfinite(norm):
             run.scaler.step(optimizer)
         optimizer.zero_grad()
     run.scaler.update()
@@ -284,19 +275,19 @@ def train_step(run, batch):
 @torch.no_grad()
 def evaluate(run):
     """The mean loss, nats a token, of the held-out ids, each once, in fixed windows of T."""
-    config, ids = run.config, run.data.val
-    n, T = min(len(ids) - 1, config.eval_tokens), config.block_size
+    config, ids = run.config, run.data.val[:run.config.eval_tokens + 1]
+    n, T = len(ids) - 1, config.block_size
     B = config.micro_batch_size or config.batch_size // WORLD_SIZE
     total = 0.0
     for first in range(RANK * B * T, n, WORLD_SIZE * B * T):
-        window = on_device(ids[first:min(first + B * T, n) + 1], run.device)
+        window = on_device(ids[first:first + B * T + 1], run)
         count = len(window) - 1
         missing = (0, B * T - count)  # at the end: one shape for all, and -100 does not count
         x, y = F.pad(window[:-1], missing), F.pad(window[1:], missing, value=-100)
         with run.autocast:
             _, loss = run.net(x.view(B, T), y.view(B, T))
         total += loss.item() * count
-    return sum_of_all(total, run.device) / n
+    return sum_of_all(total, run) / n
 
 
 # ----------------------------------------------------------------------------------------- the loop
@@ -335,7 +326,7 @@ def train(run, signals):
             if is_due(run.step, config.sample_interval):
                 show(f"--- sample at step {run.step}\n{write_sample(run)}\n---")
 
-        is_over = run.step >= config.max_steps or sum_of_all(len(signals), run.device)
+        is_over = run.step >= config.max_steps or sum_of_all(len(signals), run)
         if is_over or must_save:
             save(run)
     bar.close()
@@ -432,7 +423,7 @@ def write_sample(run):
         return f"none: {e}"
     # A generator of its own: training draws from the others.
     generator = torch.Generator(run.device).manual_seed(run.config.seed + run.step)
-    prompt = on_device(run.data.val[:16], run.device)[None]  # (1, T)
+    prompt = on_device(run.data.val[:16], run)[None]  # (1, T)
     length = min(100, run.config.max_position_embeddings - prompt.size(1))
     with run.autocast:
         new = generate(run.model, prompt, length, temperature=0.8, top_k=50, generator=generator)
@@ -509,11 +500,10 @@ CONTENT |= {"machine": dict, "train": str, "val": str, "tokenizer": str, "best":
 
 def digest(raw):
     """The sha256 of the sha256s of an array's pieces, which all cores make at once."""
-    size = 2**26
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        parts = pool.map(lambda i: hashlib.sha256(raw[i:i + size]).digest(),
-                         range(0, len(raw), size))
-        return hashlib.sha256(b"".join(parts)).digest()
+    pieces = np.split(raw, range(2**26, len(raw), 2**26))
+    with ThreadPoolExecutor() as pool:
+        parts = [part.digest() for part in pool.map(hashlib.sha256, pieces)]
+    return hashlib.sha256(b"".join(parts)).digest()
 
 
 def write_checkpoint(path, state):
@@ -617,8 +607,7 @@ def set_rng_state(state):
     random.setstate(state["python"])
     np.random.set_state(state["numpy"])
     torch.set_rng_state(state["torch"])
-    if len(state["cuda"]) == torch.cuda.device_count():
-        torch.cuda.set_rng_state_all(state["cuda"])
+    torch.cuda.set_rng_state_all(state["cuda"][:torch.cuda.device_count()])
 
 
 def save(run):
@@ -644,11 +633,16 @@ def set_up_machine(config):
         fail(e, 2)
     on_gpu = device.type == "cuda"
     if on_gpu:
+        import triton
         torch.cuda.set_device(device)
         if dtype != torch.float32:
             torch.set_float32_matmul_precision("high")  # TF32, for the little that is not half
+        name = torch.cuda.get_device_name(device)
+        versions = {"cuda": torch.version.cuda, "triton": triton.__version__,
+                    "driver": collect_env.get_nvidia_driver_version(collect_env.run)}
     else:
         keep_freed_memory()
+        name, versions = torch.backends.cpu.get_cpu_capability(), {}
     if WORLD_SIZE > 1:
         patience = timedelta(minutes=30)  # the first process may be preparing data
         store, *_ = next(dist.rendezvous("env://", timeout=patience))
@@ -665,11 +659,6 @@ def set_up_machine(config):
         torch.utils.deterministic.fill_uninitialized_memory = False
     problem = compiler_problem(device) if config.compile else "as asked"
     compiled = f"not compiled ({problem})" if problem else "compiled (up to a minute at first)"
-    name, versions = torch.backends.cpu.get_cpu_capability(), {}
-    if on_gpu:
-        name = torch.cuda.get_device_name(device)
-        versions = {"cuda": torch.version.cuda, "triton": importlib.metadata.version("triton"),
-                    "driver": collect_env.get_nvidia_driver_version(collect_env.run)}
     machine = {"torch": str(torch.__version__), **versions, "device": f"{device.type} ({name})",
                "threads": torch.get_num_threads(), "processes": WORLD_SIZE,
                "dtype": str(dtype)[6:], "compile": problem is None}
@@ -702,13 +691,14 @@ def read_recipe(path):
         fail(f"cannot read the recipe {path}: {prepare.first_line(e)}{hint}", 2)
     words = []
     for node in tree.body:
-        value, targets = getattr(node, "value", None), getattr(node, "targets", [])
-        if isinstance(node, ast.Expr) and isinstance(value, ast.Constant):
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
             continue  # a docstring
-        if not isinstance(value, ast.Constant) or [type(t) for t in targets] != [ast.Name]:
+        try:
+            [target] = node.targets
+            words.append(f"--{target.id}={ast.literal_eval(node.value)}")
+        except (AttributeError, TypeError, ValueError):  # of anything else
             fail(f"{path}, line {node.lineno}: a recipe holds plain assignments only, like "
                  "batch_size = 4", 2)
-        words.append(f"--{targets[0].id}={value.value}")
     return words
 
 
@@ -872,33 +862,32 @@ def set_up(source, overrides, is_data_typed):
 
 
 def set_up_folder(run, lock):
-    """Readies out_dir for a run at run.step: recipe, tokenizer; later checkpoints are set aside."""
-    count = run.config.keep_checkpoints + 2  # the best, and the one that is being written
-    need = count * 12 * run.size  # bytes: a weight and two means, in fp32
-    disk, saved = run.out.resolve(), checkpoints(run.out)
+    """Readies out_dir for a run at run.step, and shows what will be done.
+
+    Recipe and tokenizer come into it; later checkpoints are set aside."""
+    config, data, meta, saved = run.config, run.data, run.data.meta, checkpoints(run.out)
+    count = config.keep_checkpoints + 2  # the best, and the one that is being written
+    size = 12 * run.size / 1e9  # GB of one: a weight and two means, in fp32
+    disk = run.out.resolve()
     while not disk.exists():
         disk = disk.parent
-    room = shutil.disk_usage(disk).free + sum(path.stat().st_size for path in saved)
-    if room < need:
-        fail(f"up to {count} checkpoints at a time need {need / 1e9:.1f} GB, but {run.out} has room"
-             f" for {room / 1e9:.1f}: free some, lower keep_checkpoints, or use another --out_dir")
+    room = (shutil.disk_usage(disk).free + sum(path.stat().st_size for path in saved)) / 1e9
+    if room < count * size:
+        fail(f"up to {count} checkpoints at a time need {count * size:.1f} GB, but {run.out} has "
+             f"room for {room:.1f}: free some, lower keep_checkpoints, or use another --out_dir")
     lock.acquire()  # (makes the folder)
     for path in saved:
         if step_of(path) > run.step:
             path.rename(f"{path}.superseded")
     commit = subprocess.getoutput(  # "" without git
         f"git -C {shlex.quote(str(Path(__file__).parent))} rev-parse HEAD 2>{os.devnull}")
-    facts = {"command": shlex.join(sys.argv), "config": asdict(run.config), "git": commit,
+    facts = {"command": shlex.join(sys.argv), "config": asdict(config), "git": commit,
              "torch": torch.__version__, "python": sys.version.split()[0]}
     (run.out / "run.json").write_text(json.dumps(facts, indent=2))
-    tokenizer = run.data.folder / "tokenizer"
+    tokenizer = data.folder / "tokenizer"
     if tokenizer.is_dir():  # (of a resumed run it is the same)
         shutil.copytree(tokenizer, run.out / "tokenizer", dirs_exist_ok=True)
     run.metrics = open_metrics(run)
-
-
-def show_banner(run):
-    config, data, meta = run.config, run.data, run.data.meta
     B, T = config.batch_size, config.block_size
     epochs = config.max_steps * B / blocks_per_epoch(len(data.train), T)
     stand_in = f", STAND-IN {meta['stand_in']}" if meta["stand_in"] else ""
@@ -908,7 +897,7 @@ data     {data.folder}{stand_in}: {len(data.train):,} training and {len(data.val
 model    {run.size:,} parameters
 run      steps {run.step} to {config.max_steps}, {B} x {T} = {B * T:,} tokens a step, \
 {epochs:.1f} epochs
-writes   {run.out}/: checkpoints of {12 * run.size / 1e9:.2f} GB, metrics, samples""")
+writes   {run.out}/: checkpoints of {size:.2f} GB, metrics, samples""")
 
 
 def main(argv):
@@ -925,7 +914,6 @@ def main(argv):
         catch_signals(signals)
         if RANK == 0:
             set_up_folder(run, lock)
-            show_banner(run)
         train(run, signals)
     except filelock.Timeout:
         fail(f"another process is training in {out}: wait for it, or choose another --out_dir")

@@ -62,7 +62,7 @@ test_train::test_micro_batches_change_memory_and_not_the_run
 test_train::test_a_loss_that_is_not_finite_stops_the_run_before_the_optimizer_step
   train: a loss of NaN changes the weights | if not math.isfinite(loss) or | if False and
 test_train::test_an_infinite_gradient_in_fp16_stops_every_optimizer_and_lowers_the_scale
-  train: Muon steps on fp16's infinite gradient | if not is_skipped: | if True:
+  train: Muon steps on fp16's infinite gradient | if math.isfinite(norm): | if True:
 test_distributed::test_two_processes_have_the_losses_of_one
   train: processes sum their losses | loss.item() / WORLD_SIZE | loss.item()
 test_train::test_the_held_out_loss_is_the_mean_over_the_whole_split_each_token_once
