@@ -635,8 +635,6 @@ def set_up_machine(config):
     if on_gpu:
         import triton
         torch.cuda.set_device(device)
-        if dtype != torch.float32:
-            torch.set_float32_matmul_precision("high")  # TF32, for the little that is not half
         name = torch.cuda.get_device_name(device)
         versions = {"cuda": torch.version.cuda, "triton": triton.__version__,
                     "driver": collect_env.get_nvidia_driver_version(collect_env.run)}
