@@ -121,7 +121,7 @@ def on_device(ids, run):
 
 
 def get_batch(run):
-    """This process's part of the next batch: x, and y, the ids that follow, each (share, T).
+    """This process's part of the next batch (share, T + 1): T ids to read, T that follow them.
 
     A function of the seed and of the sequences seen before, so that nothing can shift it."""
     ids, T = run.data.train, run.config.block_size
@@ -132,8 +132,7 @@ def get_batch(run):
         epochs, block = divmod(i, blocks_per_epoch(len(ids), T))  # it may reach into the next epoch
         start = epoch_order(run.config.seed, run.epoch + epochs, len(ids), T)[block]
         rows.append(ids[start:start + T + 1])
-    rows = on_device(np.stack(rows), run)  # (share, T + 1)
-    return rows[:, :-1], rows[:, 1:]
+    return on_device(np.stack(rows), run)
 
 
 # ------------------------------------------------------------------- optimizer, step, held-out loss
@@ -246,13 +245,12 @@ def train_step(run, batch):
 
     Returns the mean loss over all processes, nats a token, and the gradient's norm before
     clipping. Raises FloatingPointError before anything is changed if they are not finite."""
-    size = run.config.micro_batch_size or len(batch[0])
-    parts = list(zip(batch[0].split(size), batch[1].split(size)))
+    parts = batch.split(run.config.micro_batch_size or len(batch))
     loss = torch.zeros((), device=run.device)
-    for i, (x, y) in enumerate(parts):
+    for i, rows in enumerate(parts):
         run.net.require_backward_grad_sync = i == len(parts) - 1  # DDP averages once a step
         with run.autocast:
-            _, part = run.net(x, y)
+            _, part = run.net(rows[:, :-1], rows[:, 1:])
         run.scaler.scale(part / len(parts)).backward()
         loss += part.detach() / len(parts)
     for optimizer in run.optimizers.values():

@@ -147,17 +147,17 @@ def test_batches_are_consecutive_tokens_in_the_order_of_the_epochs_shared_by_all
     run = new_run(NUMBERS, batch_size=6, seed=7)
     starts, random_state = [], torch.get_rng_state()
     for _ in range(20):
-        x, y = get_batch(run)
-        assert x.shape == y.shape == (6, 16) and x.dtype == y.dtype == torch.long
-        assert torch.equal(x + 1, y) and torch.equal(x[:, :1] + torch.arange(16), x)
+        rows = get_batch(run)
+        assert rows.shape == (6, 17) and rows.dtype == torch.long
+        assert torch.equal(rows[:, :1] + torch.arange(17), rows)
         parts = []
         with monkeypatch.context() as patched:
             for rank in range(3):
                 patched.setattr(train, "RANK", rank)
                 patched.setattr(train, "WORLD_SIZE", 3)
-                parts.append(get_batch(run)[0])
-        assert torch.equal(torch.cat(parts), x)
-        starts += x[:, 0].tolist()
+                parts.append(get_batch(run))
+        assert torch.equal(torch.cat(parts), rows)
+        starts += rows[:, 0].tolist()
         run.advance()
     order = [*epoch_order(7, 0, 1007, 16), *epoch_order(7, 1, 1007, 16)]
     assert starts == order[:120] and len(order) == 122  # one batch straddles the two epochs
@@ -200,8 +200,8 @@ def test_micro_batches_change_memory_and_not_the_run(tiny):
         whole, *parts = [[line[key] for line in lines] for lines in runs]
         assert all(part == pytest.approx(whole, rel=1e-4) for part in parts), key
     run = new_run(prepare.Data("d"), seed=0)
-    x, y = get_batch(run)
-    loss = F.cross_entropy(run.model(x)[0].flatten(0, 1), y.flatten())
+    rows = get_batch(run)
+    loss = F.cross_entropy(run.model(rows[:, :-1])[0].flatten(0, 1), rows[:, 1:].flatten())
     loss.backward()
     norm = math.sqrt(sum(p.grad.double().square().sum().item() for p in run.parameters))
     first = runs[0][0]
@@ -301,7 +301,7 @@ def test_gradients_are_clipped_to_the_norm_and_the_logged_norm_is_that_before():
         run = new_run(grad_clip=clip)
         run.optimizers = {"sgd": torch.optim.SGD(run.parameters, lr=1.0)}
         before = [p.detach().clone() for p in run.parameters]
-        _, norm = train.train_step(run, torch.randint(256, (2, 4, 16)))
+        _, norm = train.train_step(run, torch.randint(256, (4, 17)))
         moved = [p.detach() - old for p, old in zip(run.parameters, before)]
         return norm, torch.nn.utils.get_total_norm(moved).item()
     norm, moved = step(0.0)
@@ -334,7 +334,7 @@ def test_an_infinite_gradient_in_fp16_stops_every_optimizer_and_lowers_the_scale
     run = new_run(dtype=torch.float16, optimizer=optimizer)
     run.model.model.embed_tokens.weight.register_hook(lambda grad: grad * math.inf)
     before = [p.detach().clone() for p in run.parameters]
-    loss, norm = train.train_step(run, torch.randint(256, (2, 4, 16)))
+    loss, norm = train.train_step(run, torch.randint(256, (4, 17)))
     assert math.isfinite(loss) and not math.isfinite(norm) and run.scaler.get_scale() == 2**15
     assert all(torch.equal(p, old) for p, old in zip(run.parameters, before))
 
@@ -342,7 +342,7 @@ def test_an_infinite_gradient_in_fp16_stops_every_optimizer_and_lowers_the_scale
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_overfitting_one_batch_drives_the_loss_under_0_4(optimizer):
     run, losses = new_run(vocab_size=2048, optimizer=optimizer), []
-    batch = torch.randint(2048, (2, 2, 16))
+    batch = torch.randint(2048, (2, 17))
     for step in range(60):
         train.set_rates(run.optimizers, min(1, (step + 1) / 10))
         losses.append(train.train_step(run, batch)[0])

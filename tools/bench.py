@@ -62,7 +62,7 @@ def train_ours(shape, deterministic=True, optimizer="adamw"):
     run.model.compile_for_training(B * T)
 
     def step():
-        batch = torch.randint(0, config.vocab_size, (2, B, T), device=run.device)
+        batch = torch.randint(0, config.vocab_size, (B, T + 1), device=run.device)
         train.train_step(run, batch)
     return step
 
