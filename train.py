@@ -225,12 +225,6 @@ def lr_factor(config, step):
     return lowest + part * (1 - lowest)
 
 
-def set_rates(optimizers, factor):
-    for optimizer in optimizers.values():
-        for group in optimizer.param_groups:
-            group["lr"] = optimizer.defaults["lr"] * factor
-
-
 def sum_of_all(number, run):
     """A number, added up over all processes."""
     if WORLD_SIZE == 1:
@@ -303,7 +297,9 @@ def train(run, signals):
     while not is_over:
         began = time.perf_counter()
         factor = lr_factor(config, run.step)
-        set_rates(run.optimizers, factor)
+        for optimizer in run.optimizers.values():
+            for group in optimizer.param_groups:
+                group["lr"] = optimizer.defaults["lr"] * factor
         loss, norm = train_step(run, get_batch(run))
         run.advance()
         seconds = time.perf_counter() - began
@@ -312,7 +308,6 @@ def train(run, signals):
                "grad_norm": norm if math.isfinite(norm) else None,
                "tokens": run.tokens, "seconds": run.seconds,
                "tokens_per_sec": config.batch_size * config.block_size / seconds}
-
         must_save = is_due(run.step, config.checkpoint_interval)
         if is_due(run.step, config.eval_interval):
             row["val_loss"] = evaluate(run)
@@ -323,7 +318,6 @@ def train(run, signals):
             log_step(run, row, bar)
             if is_due(run.step, config.sample_interval):
                 show(f"--- sample at step {run.step}\n{write_sample(run)}\n---")
-
         is_over = run.step >= config.max_steps or sum_of_all(len(signals), run)
         if is_over or must_save:
             save(run)
@@ -358,9 +352,8 @@ class Run:
 
     def advance(self):
         """Counts a step: the next batch begins where this one ended, whatever its size."""
-        size, T = self.config.batch_size, self.config.block_size
-        blocks = blocks_per_epoch(len(self.data.train), T)
-        epochs, self.sequence = divmod(self.sequence + size, blocks)
+        size, T, n = self.config.batch_size, self.config.block_size, len(self.data.train)
+        epochs, self.sequence = divmod(self.sequence + size, blocks_per_epoch(n, T))
         self.epoch += epochs
         self.tokens += size * T
         self.step += 1
@@ -470,38 +463,34 @@ def log_step(run, row, bar):
 
 
 def catch_signals(signals):
-    """Appends to a list what asks for a stop after the step; a second Ctrl-C leaves at once.
-
-    Where one of several processes got one, all stop after the same step (see train)."""
+    """Appends to a list what asks for a stop after the step; a second Ctrl-C leaves at once."""
     def handle(signum, frame):
         if signals and signum == signal.SIGINT and WORLD_SIZE == 1:  # (torchrun repeats it)
             os._exit(128 + signum)
         with suppress(OSError):  # whoever read it may be gone
             os.write(2, b"\ntrain.py: finishing the step, then saving; Ctrl-C again ends at once\n")
         signals.append(signum)
-
     for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(signum) != signal.SIG_IGN:  # (nohup has SIGHUP ignored)
             signal.signal(signum, handle)
 
 
 # -------------------------------------------------------------------------------------- checkpoints
-# A checkpoint is a file of torch.save, then DIGEST_MARK and the digest of all before it, which
-# torch.load reads over: by itself it would notice few flipped bytes.
+# A checkpoint is a file of torch.save, then the digest of all before it, which torch.load reads
+# over: by itself it would notice few flipped bytes.
 
-DIGEST_MARK = b"sha256:"
-TAIL = len(DIGEST_MARK) + 32
+TAIL = len("sha256:") + 32  # bytes of a digest
 CONTENT = {name: f.type for name, f in (KEYS | Run.__dataclass_fields__).items()}
 CONTENT |= {"machine": dict, "train": str, "val": str, "tokenizer": str, "best": int,
             "val_loss": float}
 
 
 def digest(raw):
-    """The sha256 of the sha256s of an array's pieces, which all cores make at once."""
+    """"sha256:" and that of the sha256s of an array's pieces, which all cores make at once."""
     pieces = np.split(raw, range(2**26, len(raw), 2**26))
     with ThreadPoolExecutor() as pool:
         parts = [part.digest() for part in pool.map(hashlib.sha256, pieces)]
-    return hashlib.sha256(b"".join(parts)).digest()
+    return b"sha256:" + hashlib.sha256(b"".join(parts)).digest()
 
 
 def write_checkpoint(path, state):
@@ -513,9 +502,8 @@ def write_checkpoint(path, state):
         except RuntimeError as e:  # torch hides why it cannot write behind an error of its own
             raise e.__context__ or e
         f.flush()
-        f.write(DIGEST_MARK + digest(np.memmap(f, np.uint8, "r")))
-        f.flush()
-        os.fsync(f.fileno())
+        f.write(digest(np.memmap(f, np.uint8, "r")))
+    prepare.fsync(temporary)
     os.replace(temporary, path)
     prepare.fsync(path.parent)  # the new name must reach the disk, too
 
@@ -526,7 +514,7 @@ def read_checkpoint(path, **kwargs):
     weights_only: a file from a stranger can hold tensors and plain values, and runs no code."""
     try:
         raw = np.memmap(path, np.uint8, "r")
-        if raw[-TAIL:].tobytes() != DIGEST_MARK + digest(raw[:-TAIL]):
+        if raw[-TAIL:].tobytes() != digest(raw[:-TAIL]):
             raise ValueError("its sha256 does not fit")
         state = torch.load(path, map_location="cpu", weights_only=True, **kwargs)
         config = TrainConfig(**state["config"])
@@ -566,8 +554,7 @@ def load_checkpoint(source, **kwargs):
                 raise ValueError(f"the checkpoint of the best step is gone: {source}")
     paths = checkpoints(source)[::-1] or [source]
     if not paths[0].is_file():
-        raise ValueError(f"there is no checkpoint {source}: python train.py config/smollm2.py "
-                         "makes one")
+        raise ValueError(f"no checkpoint {source}: python train.py config/smollm2.py makes one")
     for path in paths:
         try:
             return path, read_checkpoint(path, **kwargs)
@@ -805,9 +792,9 @@ def load_run(source, overrides):
 def open_data(config):
     """Opens data_dir; makes the default one where it is missing. Ends the program if unfit."""
     folder = Path(config.data_dir)
-    is_default = folder == Path(prepare.DEFAULT_OUT_DIR)
+    is_missing = folder == Path(prepare.DEFAULT_OUT_DIR) and not (folder / "meta.json").exists()
     try:
-        if RANK == 0 and is_default and not (folder / "meta.json").exists():
+        if RANK == 0 and is_missing:
             show(f"{folder} is missing: preparing it")
             prepare.prepare(prepare.parse_args([]))
         of_all(None)  # the others wait for it
@@ -858,9 +845,7 @@ def set_up(source, overrides, is_data_typed):
 
 
 def set_up_folder(run, lock):
-    """Readies out_dir for a run at run.step, and shows what will be done.
-
-    Recipe and tokenizer come into it; later checkpoints are set aside."""
+    """Readies out_dir for a run at run.step, shows what is to come; sets later checkpoints aside."""
     config, data, meta, saved = run.config, run.data, run.data.meta, checkpoints(run.out)
     count = config.keep_checkpoints + 2  # the best, and the one that is being written
     size = 12 * run.size / 1e9  # GB of one: a weight and two means, in fp32
@@ -923,8 +908,8 @@ def main(argv):
         if not is_out_of_memory(e):
             raise
         fail("out of memory: lower --micro_batch_size or --block_size")
-    code, path = 0, out / f"step_{run.step:06d}.pt"
-    written = f"{path} is written{hint_of_best(out, run.state())}"
+    code = 0
+    written = f"{out}/step_{run.step:06d}.pt is written{hint_of_best(out, run.state())}"
     if run.step < run.config.max_steps:
         code = 128 + (signals or [signal.SIGTERM])[0]  # (another process had one)
         show(f"stopped at step {run.step}; {written}. Resume with: {again}")

@@ -22,7 +22,7 @@ test_resume::test_stops_anywhere_in_epochs_and_schedule_change_no_bit
   train: the optimizer starts again on resume | optimizer.load_state_dict( | dict(
   train: the loss scale starts again on resume | self.scaler.load_state_dict( | dict(
 test_resume::test_a_checkpoint_reaches_the_disk_before_its_name_and_the_name_after
-  train: a checkpoint is not flushed to the disk | os.fsync(f.fileno()) | pass
+  train: a checkpoint is not flushed to the disk | prepare.fsync(temporary) | pass
   train: a checkpoint's name is not flushed | prepare.fsync(path.parent) | pass
   train: a checkpoint is written in place | path.with_name("checkpoint.tmp") | path
 test_torture::test_nothing_is_lost[checkpoints]
