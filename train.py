@@ -481,8 +481,7 @@ def catch_signals(signals):
 
 TAIL = len("sha256:") + 32  # bytes of a digest
 CONTENT = {name: f.type for name, f in (KEYS | Run.__dataclass_fields__).items()}
-CONTENT |= {"machine": dict, "train": str, "val": str, "tokenizer": str, "best": int,
-            "val_loss": float}
+CONTENT |= {"machine": dict, "tokenizer": str, "best": int, "val_loss": float}
 
 
 def digest(raw):
@@ -532,7 +531,7 @@ def read_checkpoint(path, **kwargs):
 
 
 def step_of(path):
-    return int(path.stem.removeprefix("step_"))
+    return int(path.stem[5:])
 
 
 def checkpoints(folder):
@@ -550,11 +549,10 @@ def load_checkpoint(source, **kwargs):
         source, state = load_checkpoint(source.parent, mmap=True)
         if state["best"]:  # else nothing was evaluated, and the newest is as good as any
             source = source.with_name(f"step_{state['best']['step']:06d}.pt")
-            if not source.exists():
-                raise ValueError(f"the checkpoint of the best step is gone: {source}")
     paths = checkpoints(source)[::-1] or [source]
     if not paths[0].is_file():
-        raise ValueError(f"no checkpoint {source}: python train.py config/smollm2.py makes one")
+        raise ValueError(f"there is no checkpoint {source}: name another, or make one by python "
+                         "train.py config/smollm2.py")
     for path in paths:
         try:
             return path, read_checkpoint(path, **kwargs)
@@ -693,8 +691,7 @@ def parse_args(argv):
     add("recipe", nargs="?", type=read_recipe, default=[],
         help="a file of plain assignments to the keys below")
     add("--resume", nargs="?", const=True, type=prepare.typed_path, metavar="PATH",
-        help="resume from the newest checkpoint in out_dir or the folder PATH, or from the file "
-        "PATH; auto: if there is one")
+        help="from the newest checkpoint in out_dir or a folder, or from a file; auto: if any")
     for f in KEYS.values():
         add(f"--{f.name}", type=reader(f), default=argparse.SUPPRESS,
             choices=f.metadata.get("choices"), metavar=f.type.__name__.upper(),
@@ -845,17 +842,18 @@ def set_up(source, overrides, is_data_typed):
 
 
 def set_up_folder(run, lock):
-    """Readies out_dir for a run at run.step, shows what is to come; sets later checkpoints aside."""
+    """Readies out_dir, shows what will be done. Checkpoints later than run.step are set aside."""
     config, data, meta, saved = run.config, run.data, run.data.meta, checkpoints(run.out)
-    count = config.keep_checkpoints + 2  # the best, and the one that is being written
+    # To come: those kept, the best, and the one that is being written.
+    count = config.keep_checkpoints + 2 - len(saved)
     size = 12 * run.size / 1e9  # GB of one: a weight and two means, in fp32
     disk = run.out.resolve()
     while not disk.exists():
         disk = disk.parent
-    room = (shutil.disk_usage(disk).free + sum(path.stat().st_size for path in saved)) / 1e9
+    room = shutil.disk_usage(disk).free / 1e9
     if room < count * size:
-        fail(f"up to {count} checkpoints at a time need {count * size:.1f} GB, but {run.out} has "
-             f"room for {room:.1f}: free some, lower keep_checkpoints, or use another --out_dir")
+        fail(f"{count} more checkpoints need {count * size:.1f} GB, but {run.out} has room for "
+             f"{room:.1f}: free some, lower keep_checkpoints, or use another --out_dir")
     lock.acquire()  # (makes the folder)
     for path in saved:
         if step_of(path) > run.step:
