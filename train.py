@@ -284,10 +284,6 @@ def evaluate(run):
 
 # ----------------------------------------------------------------------------------------- the loop
 
-def is_due(step, interval):
-    return interval > 0 and step % interval == 0
-
-
 def train(run, signals):
     """From run.step to max_steps, or to the end of the step in which a signal came."""
     config, is_over = run.config, False
@@ -308,15 +304,15 @@ def train(run, signals):
                "grad_norm": norm if math.isfinite(norm) else None,
                "tokens": run.tokens, "seconds": run.seconds,
                "tokens_per_sec": config.batch_size * config.block_size / seconds}
-        must_save = is_due(run.step, config.checkpoint_interval)
-        if is_due(run.step, config.eval_interval):
+        must_save = run.is_due(config.checkpoint_interval)
+        if run.is_due(config.eval_interval):
             row["val_loss"] = evaluate(run)
             if not run.best or row["val_loss"] < run.best["val_loss"]:
                 run.best = {"step": run.step, "val_loss": row["val_loss"]}
                 must_save = config.checkpoint_interval > 0  # (if the run makes checkpoints at all)
         if RANK == 0:
             log_step(run, row, bar)
-            if is_due(run.step, config.sample_interval):
+            if run.is_due(config.sample_interval):
                 show(f"--- sample at step {run.step}\n{write_sample(run)}\n---")
         is_over = run.step >= config.max_steps or sum_of_all(len(signals), run)
         if is_over or must_save:
@@ -357,6 +353,9 @@ class Run:
         self.epoch += epochs
         self.tokens += size * T
         self.step += 1
+
+    def is_due(self, interval):
+        return interval > 0 and self.step % interval == 0
 
     def state(self):
         """All that a checkpoint holds but for the random generators, see save."""
@@ -455,7 +454,7 @@ def log_step(run, row, bar):
         text += f", lr {row['lr']:.2e}, norm {row['grad_norm'] or math.inf:.2f}"
     bar.set_postfix_str(text, refresh=False)
     bar.update()
-    if bar.disable and (run.step == 1 or is_due(run.step, run.config.log_interval)):
+    if bar.disable and (run.step == 1 or run.is_due(run.config.log_interval)):
         if run.step > 1:  # (the first one compiles, and tells nothing of the rest)
             tokens_left = (run.config.max_steps - run.step) * row["tokens"] / run.step
             text += f", {tqdm.format_interval(tokens_left / row['tokens_per_sec'])} left"
@@ -666,7 +665,7 @@ def read_recipe(path):
     """The plain assignments of a recipe as words of the command line. It is read, never run."""
     warnings.simplefilter("ignore", SyntaxWarning)  # what is wrong is said below, in one line
     try:
-        tree = ast.parse(Path(path).read_text(encoding="utf-8"))
+        tree = ast.parse(Path(path).read_bytes())
     except Exception as e:  # a file can be wrong in any way
         hint = f"; did you mean --{path}?" if "=" in path else ""
         fail(f"cannot read the recipe {path}: {prepare.first_line(e)}{hint}", 2)
@@ -715,8 +714,7 @@ num_key_value_heads and num_attention_heads % num_key_value_heads == 0
 block_size <= max_position_embeddings
 batch_size % (processes * (micro_batch_size or 1)) == 0
 min_lr <= learning_rate
-beta1 < 1
-beta2 < 1"""
+max(beta1, beta2) < 1"""
 
 
 def check(config, world_size=WORLD_SIZE):
@@ -833,9 +831,8 @@ def set_up(source, overrides, is_data_typed):
         fail(f"the processes are at steps {[step for step, *_ in starts]}, or their data or keys "
              "differ: every machine needs the same command, data_dir and (to resume) out_dir")
     if run.machine["compile"]:
-        is_one_pass = WORLD_SIZE == 1 and config.micro_batch_size in (0, config.batch_size)
-        tokens = config.batch_size * config.block_size if is_one_pass else 0
-        run.model.compile_for_training(tokens)
+        is_whole = WORLD_SIZE == 1 and config.micro_batch_size in (0, config.batch_size)
+        run.model.compile_for_training(config.batch_size * config.block_size if is_whole else 0)
     if WORLD_SIZE > 1:
         run.net = DistributedDataParallel(run.model, gradient_as_bucket_view=True)
     return run
