@@ -88,9 +88,8 @@ class TrainConfig(RunControl, SmolLM2Config):
     device: str = key("auto", "auto, cpu, cuda, cuda:1, mps")
     dtype: str = key("auto", "of the products; weights and optimizer stay float32",
                      choices=("auto", "float32", "bfloat16", "float16"))
-    compile: bool = key(True, "torch.compile, where it works", choices=(True, False))
-    deterministic: bool = key(True, "the same bits in every run; costs speed on a GPU",
-                              choices=(True, False))
+    compile: bool = key(True, "torch.compile, where it works")
+    deterministic: bool = key(True, "the same bits in every run; costs speed on a GPU")
 
 
 RANK = int(os.environ.get("RANK", 0))  # which of WORLD_SIZE processes this is, by torchrun
@@ -253,9 +252,8 @@ def train_step(run, batch):
     loss, norm = sum_of_all(loss.item() / WORLD_SIZE, run), norm.item()
     # In fp16 a gradient that overflows is no failure: the step is skipped, the scale lowered.
     if not math.isfinite(loss) or not (math.isfinite(norm) or run.scaler.is_enabled()):
-        raise FloatingPointError(f"in step {run.step + 1} the loss is {loss} and the gradient norm "
-                                 f"{norm}: stopped before the weights were changed. Try a lower "
-                                 "--learning_rate")
+        raise FloatingPointError(f"step {run.step + 1} has loss {loss}, gradient norm {norm}: stopped "
+                                 "before the weights changed. Try a lower --learning_rate")
     for optimizer in run.optimizers.values():
         if math.isfinite(norm):
             run.scaler.step(optimizer)
@@ -692,9 +690,9 @@ def parse_args(argv):
     add("--resume", nargs="?", const=True, type=prepare.typed_path, metavar="PATH",
         help="from the newest checkpoint in out_dir or a folder, or from a file; auto: if any")
     for f in KEYS.values():
-        add(f"--{f.name}", type=reader(f), default=argparse.SUPPRESS,
-            choices=f.metadata.get("choices"), metavar=f.type.__name__.upper(),
-            help=f"{f.metadata['help']} [{f.default}]")
+        choices = (True, False) if f.type is bool else f.metadata.get("choices")
+        add(f"--{f.name}", type=reader(f), default=argparse.SUPPRESS, choices=choices,
+            metavar=f.type.__name__.upper(), help=f"{f.metadata['help']} [{f.default}]")
     args, _ = parser.parse_known_args(argv)
     is_data_typed = "data_dir" in args
     args, rest = parser.parse_known_args(args.recipe + argv)  # later words win
@@ -841,8 +839,7 @@ def set_up(source, overrides, is_data_typed):
 def set_up_folder(run, lock):
     """Readies out_dir, shows what will be done. Checkpoints later than run.step are set aside."""
     config, data, meta, saved = run.config, run.data, run.data.meta, checkpoints(run.out)
-    # To come: those kept, the best, and the one that is being written.
-    count = config.keep_checkpoints + 2 - len(saved)
+    count = config.keep_checkpoints + 2 - len(saved)  # two: the best, and one being written
     size = 12 * run.size / 1e9  # GB of one: a weight and two means, in fp32
     disk = run.out.resolve()
     while not disk.exists():
@@ -912,8 +909,7 @@ def main(argv):
         show(f"done at step {run.step}; {written}. "
              f"Next: python sample.py --prompt \"ROMEO:\" --checkpoint {shlex.quote(str(out))}")
     if WORLD_SIZE > 1:
-        # An ending process waits for gloo's threads, which wait for Python: it would hang, or abort
-        # (pytorch #190489).
+        # It would hang, or abort: its end waits for gloo, and gloo for Python (pytorch #190489).
         dist.barrier()
         os._exit(code)
     raise SystemExit(code)
