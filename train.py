@@ -120,7 +120,7 @@ def on_device(ids, run):
 
 
 def get_batch(run):
-    """This process's part of the next batch (share, T + 1): T ids to read, T that follow them.
+    """This process's rows of the next batch, (share, T + 1): T ids to read, each with its next.
 
     A function of the seed and of the sequences seen before, so that nothing can shift it."""
     ids, T = run.data.train, run.config.block_size
@@ -252,8 +252,8 @@ def train_step(run, batch):
     loss, norm = sum_of_all(loss.item() / WORLD_SIZE, run), norm.item()
     # In fp16 a gradient that overflows is no failure: the step is skipped, the scale lowered.
     if not math.isfinite(loss) or not (math.isfinite(norm) or run.scaler.is_enabled()):
-        raise FloatingPointError(f"step {run.step + 1} has loss {loss}, gradient norm {norm}: stopped "
-                                 "before the weights changed. Try a lower --learning_rate")
+        raise FloatingPointError(f"step {run.step + 1} has loss {loss}, gradient norm {norm}: "
+                                 "stopped before the weights changed. Try a lower --learning_rate")
     for optimizer in run.optimizers.values():
         if math.isfinite(norm):
             run.scaler.step(optimizer)
