@@ -49,7 +49,7 @@ from model import (SmolLM2, SmolLM2Config, compiler_problem, from_pretrained, ge
 
 @dataclass
 class RunControl:
-    """The keys that a resumed run may change and is the same run. Intervals in steps, 0: never."""
+    """Keys that a resumed run may change and stay the same run. Intervals in steps, 0: never."""
     out_dir: str = key("out", "where checkpoints, metrics and samples are written")
     data_dir: str = key("data/shakespeare", "made by prepare.py or tools.corpus")
     max_steps: int = key(5000, "optimizer steps of the whole run")
@@ -369,13 +369,12 @@ class Run:
         # The keys, over them what a machine made of them, and the data.
         old, new = [s["config"] | s["machine"] | s["data"] for s in (state, self.state())]
         changed = {name for name in new if old.get(name) != new[name]}
-        folder = self.config.data_dir
         if "tokenizer" in changed:
-            fail(f"{folder} has another tokenizer than this run, and its ids mean other texts: "
-                 "restore the data, or start a new run in another --out_dir")
+            fail(f"{self.config.data_dir} has another tokenizer than this run, and its ids mean "
+                 "other texts: restore the data, or start a new run in another --out_dir")
         if changed & {"train", "val"} and not is_data_typed:
-            fail(f"{folder} is not the data that this run was trained on: restore it, or name it "
-                 f"with --data_dir={shlex.quote(folder)} to continue all the same")
+            fail(f"{self.config.data_dir} is not the data that this run was trained on: restore it,"
+                 f" or go on all the same by --data_dir={shlex.quote(self.config.data_dir)}")
         changes = [f"{name} {old.get(name)} → {new[name]}" for name in sorted(changed - FREE)]
         if changes:
             show(f"no longer the same run to the bit, since these differ: {', '.join(changes)}")
@@ -476,7 +475,7 @@ def catch_signals(signals):
 # A checkpoint is a file of torch.save, then the digest of all before it, which torch.load reads
 # over: by itself it would notice few flipped bytes.
 
-TAIL = len("sha256:") + 32  # bytes of a digest
+TAIL = 39  # bytes of a digest: "sha256:" and 32
 CONTENT = {name: f.type for name, f in (KEYS | Run.__dataclass_fields__).items()}
 CONTENT |= {"machine": dict, "tokenizer": str, "best": int, "val_loss": float}
 
