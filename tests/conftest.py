@@ -1,16 +1,11 @@
 """The fixtures of the tests; harness.py has the functions."""
 import os
-import signal
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 from tests.harness import TINY, expect_end, make_data, prepare, run_main, train, train_here
-
-
-def pytest_configure():
-    # A shell's background job ignores SIGINT, and its children do.
-    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(items):
@@ -30,13 +25,12 @@ def real_data(tmp_path_factory):
         return Path(folder).resolve(strict=True)
     folder = tmp_path_factory.mktemp("real")
     try:
-        tokenizer = prepare.hub_folder(prepare.TOKENIZER)
+        (folder / "tokenizer").symlink_to(prepare.hub_folder(prepare.TOKENIZER))
         text, source = prepare.choose_text("")
         assert not source.startswith("stand-in"), source
     except Exception as e:
         pytest.skip(f"no SMOLLM2_TEST_DATA, and no download: {type(e).__name__}")
     (folder / "input.txt").write_text(text, encoding="utf-8", newline="")
-    (folder / "tokenizer").symlink_to(tokenizer, target_is_directory=True)
     return folder
 
 
@@ -46,10 +40,10 @@ def data_dir(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp("data") / "shakespeare"
     try:
         real = request.getfixturevalue("real_data")
-        source = ["--input", real / "input.txt", "--tokenizer", real / "tokenizer"]
+        source = {"input": real / "input.txt", "tokenizer": real / "tokenizer"}
     except pytest.skip.Exception:
-        source = []
-    expect_end(run_main(prepare.main, *source, f"--out_dir={folder}"))
+        source = {}
+    expect_end(run_main(prepare.main, out_dir=folder, **source))
     return folder
 
 
@@ -60,12 +54,19 @@ def tokenizer(data_dir):
 
 
 @pytest.fixture(scope="session")
+def stand_in(tmp_path_factory):
+    """A tokenizer with SmolLM2's special tokens and pre-tokenizer, and a token for every byte."""
+    folder = tmp_path_factory.mktemp("tokenizer")
+    prepare.stand_in_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
 def run_dir(data_dir, tmp_path_factory):
     """The out_dir of a run of 12 steps on data_dir, with evaluations after 4, 8 and 12."""
     out = tmp_path_factory.mktemp("run") / "out"
-    keys = ["--max_steps=12", "--eval_interval=4", "--checkpoint_interval=6",
-            "--max_position_embeddings=8192", f"--data_dir={data_dir}", f"--out_dir={out}"]
-    expect_end(run_main(train.main, *TINY, *keys))
+    expect_end(run_main(train.main, *TINY, max_steps=12, eval_interval=4, checkpoint_interval=6,
+                        max_position_embeddings=8192, data_dir=data_dir, out_dir=out))
     return out
 
 
@@ -76,5 +77,5 @@ def data(tmp_path_factory):
 
 @pytest.fixture
 def run(data):
-    """run(*argv): a RUN in out/, in this process; later keys win."""
-    return lambda *argv: train_here(data, "out", *argv)
+    """run(*argv, **keys): a RUN in out/, in this process; later keys win."""
+    return partial(train_here, data, "out")

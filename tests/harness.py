@@ -15,7 +15,6 @@ import signal
 import socket
 import subprocess
 import sys
-import tempfile
 import time
 from collections import namedtuple
 from pathlib import Path
@@ -25,6 +24,8 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 # Not torchrun's, if it is above; and what users see in time must not rest on the last one.
 for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "PYTHONUNBUFFERED"):
     os.environ.pop(name, None)
+# A shell's background job ignores it, and its children do.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
@@ -43,6 +44,7 @@ TINY = """--hidden_size=32 --intermediate_size=64 --num_hidden_layers=2 --num_at
 RUN = [*TINY, *"""--vocab_size=2048 --block_size=32 --eval_interval=10 --eval_tokens=6000
     --checkpoint_interval=5 --max_steps=40 --dtype=float32""".split()]
 END = "<|endoftext|>"
+PROSE = "The quick brown fox jumps over the lazy dog; it's 42 times, they said.\n" * 40
 
 # script: a pattern of the program that its last line names
 Result = namedtuple("Result", "code out err script", defaults=[r"\w+\.py|tools\.\w+"])
@@ -54,10 +56,8 @@ def expect(true, *what):
         raise AssertionError("\n".join(str(w)[-3000:] for w in what))
 
 
-# ---- running the scripts ----
-
-def run_main(main, *argv, stdin=b"", threads=None):
-    """Runs a script's main as its process would, but here."""
+def run_main(main, *argv, stdin=b"", threads=None, **keys):
+    """Runs a script's main as its process would, but here. keys: more words, --key=value."""
     handlers = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     threads_before = torch.get_num_threads()
     torch.set_num_threads(threads or threads_before)
@@ -67,7 +67,7 @@ def run_main(main, *argv, stdin=b"", threads=None):
         for raw, errors in ((stdin, "strict"), (b"", "strict"), (b"", "backslashreplace"))]
     code = 0
     try:
-        main([str(word) for word in argv])
+        main([*map(str, argv), *(f"--{key}={value}" for key, value in keys.items())])
     except SystemExit as e:
         code = e.code or 0
     finally:
@@ -87,20 +87,21 @@ class Process(contextlib.AbstractContextManager):
     Used with `with`, nothing of it outlives the block. limits: arguments of resource.setrlimit.
     stream: the path of what it has as all three standard streams instead, as a terminal."""
 
-    def __init__(self, command, cwd, limits=(), stream=None, **env):
+    def __init__(self, command, cwd="", limits=(), stream=None, **env):
+        cwd = Path(cwd).absolute()
         cwd.mkdir(parents=True, exist_ok=True)
-        handle, self.log = tempfile.mkstemp(dir=cwd, suffix=".log")
-        os.close(handle)
+        self.log = cwd / f"{time.monotonic_ns()}.log"
+        self.log.touch()
         streams = [stream] * 3 if stream else [os.devnull, self.log, self.log]
-        env = {**os.environ, "HF_HUB_OFFLINE": "1", **env}
-        request = [[*map(str, command)], str(cwd), env, limits, streams]
-        print(json.dumps(request), file=zygote().stdin, flush=True)
+        env = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": ROOT, **env}
+        request = json.dumps([command, cwd, env, limits, streams], default=str)
+        print(request, file=zygote().stdin, flush=True)
         self.pid, self.code = int(zygote().stdout.readline()), None
         self.pidfd = os.pidfd_open(self.pid)
 
     def __exit__(self, *_):
         self.kill()
-        Path(self.log).unlink(missing_ok=True)
+        self.log.unlink(missing_ok=True)
 
     def poll(self, timeout=0):
         """Its exit code; None where it is still running after that many seconds."""
@@ -111,18 +112,18 @@ class Process(contextlib.AbstractContextManager):
 
     @property
     def text(self):
-        return Path(self.log).read_text(errors="replace")
+        return self.log.read_text(errors="replace")
 
-    def signal(self, signum, group=True):
-        """As a terminal does it (Ctrl-C reaches the whole group), or to the process alone."""
+    def signal(self, signum):
+        """As a terminal does it: Ctrl-C reaches the whole group."""
         if self.poll() is None:
-            (os.killpg if group else os.kill)(self.pid, signum)
+            os.killpg(self.pid, signum)
 
     def kill(self):
         """kill -9 for the process and all below it: torchrun's workers have groups of their own."""
         below = descendants(self.pid) if self.poll() is None else []
         self.signal(signal.SIGKILL)
-        self.wait()
+        self.end()
         for pid in below:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
@@ -131,23 +132,18 @@ class Process(contextlib.AbstractContextManager):
                 time.sleep(0.005)
 
     def until(self, true, timeout=120):
-        """Waits for true(); False where the process ends before."""
+        """Waits for true(), or for the end of the process; returns whether it is true then."""
         end = time.monotonic() + timeout
-        while not true():
-            if self.poll() is not None:
-                return bool(true())
+        while not true() and self.poll() is None:
             expect(time.monotonic() < end, f"waited {timeout} s in vain", self.text)
             time.sleep(0.0002)
-        return True
-
-    def wait(self, timeout=180):
-        code = self.poll(timeout)
-        expect(code is not None, f"a hang: still running after {timeout} s", self.text)
-        return code
+        return true()
 
     def end(self, timeout=180):
         """Its Result, both streams in err."""
-        return Result(self.wait(timeout), "", self.text)
+        self.poll(timeout)
+        expect(self.code is not None, f"a hang: still running after {timeout} s", self.text)
+        return Result(self.code, "", self.text)
 
 
 def free_port():
@@ -173,11 +169,9 @@ def descendants(pid):
     return found[1:]
 
 
-# ---- processes that start warm: forked from one that has imported what takes three seconds ----
-
 @functools.cache
 def zygote():
-    """A process that runs serve(); it ends when this one does."""
+    """A process that runs serve(), and ends with this one; a fork of it saves three seconds."""
     ctypes.CDLL(None).prctl(36, 1)  # PR_SET_CHILD_SUBREAPER: what it lets go of is this process's
     return subprocess.Popen([sys.executable, __file__], text=True, start_new_session=True,
                             env={**os.environ, "HF_HUB_OFFLINE": "1"}, stdin=subprocess.PIPE,
@@ -208,8 +202,7 @@ def serve():
 def become(words, cwd, env, limits, streams):
     """Makes this process one in which Python has just started, runs these words and ends."""
     os.setsid()
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in a shell's background,
-    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # or by nohup
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # ignored by nohup
     for limit in limits:
         resource.setrlimit(*limit)
     os.chdir(cwd)
@@ -217,9 +210,7 @@ def become(words, cwd, env, limits, streams):
     os.environ.update(env)
     os.write(1, b"%d\n" % os.getpid())  # the answer
     for number, name in enumerate(streams):
-        handle = os.open(name, os.O_RDWR | os.O_APPEND | os.O_NOCTTY)
-        os.dup2(handle, number)
-        os.close(handle)
+        os.dup2(os.open(name, os.O_RDWR | os.O_APPEND | os.O_NOCTTY), number)
     scripts = [str(ROOT / f"{name}.py") for name in ("train", "prepare", "sample", "model")]
     if words[0] not in scripts or torch.cuda.is_available():  # CUDA and forks do not mix
         os.execv(sys.executable, [sys.executable, *words])
@@ -235,8 +226,6 @@ def become(words, cwd, env, limits, streams):
     os._exit(code)  # without the second in which Python frees it all
 
 
-# ---- what a script has said ----
-
 def flaw(done, codes=(0,), *words):
     """What is wrong with how a script has ended; None if it is as it should be.
 
@@ -250,7 +239,6 @@ def flaw(done, codes=(0,), *words):
         return "no clear last line"
     if done.code and not all(str(word) in last for word in words) or len(last) > 20_000:
         return f"the last line should hold {words}"
-    return None
 
 
 def expect_end(done, codes=(0,), *words):
@@ -264,44 +252,48 @@ def refused(done, *words, code=2):
     expect(len(done.err.splitlines()) == 1, done.err)
 
 
-def training(folder, data, *argv, out="out", **how):
-    """A process of a RUN in folder, writing to folder/out; it resumes where it can."""
-    keys = [*RUN, f"--data_dir={data}", f"--out_dir={out}", "--resume=auto", *argv]
-    return Process([ROOT / "train.py", *keys], folder, **{"OMP_NUM_THREADS": "1", **how})
+def keys_of_run(data, out, *argv):
+    """Those of a RUN that resumes where it can."""
+    return [*RUN, f"--data_dir={data}", f"--out_dir={out}", "--resume=auto", *argv]
 
 
-def train_here(data, out, *argv, threads=1):
+def training(data, *argv, out="out", **how):
+    """A process of such a RUN."""
+    command = [ROOT / "train.py", *keys_of_run(data, out, *argv)]
+    return Process(command, **{"OMP_NUM_THREADS": "1", **how})
+
+
+def train_here(data, out, *argv, **keys):
     """A RUN in this process. With two threads, so small a model only waits."""
-    keys = [*RUN, f"--data_dir={data}", f"--out_dir={out}", *argv]
-    return run_main(train.main, *keys, threads=threads)
+    argv = [*RUN, f"--data_dir={data}", f"--out_dir={out}", *argv]
+    return run_main(train.main, *argv, threads=1, **keys)
 
 
-def resume_here(out, *argv):
-    return run_main(train.main, f"--resume={out}", *argv, threads=1)
+def resume_here(out, *argv, **keys):
+    return run_main(train.main, f"--resume={out}", *argv, threads=1, **keys)
 
 
-# ---- data ----
+def write(name, content):
+    Path(name).parent.mkdir(parents=True, exist_ok=True)
+    Path(name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    return name
+
 
 def make_tokenizer(folder):
     """A tokenizer of the 256 bytes and an end-of-text token, as a folder of Hugging Face's."""
-    from tokenizers import ByteLevelBPETokenizer, pre_tokenizers
-    characters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocab = {c: i for i, c in enumerate([END, *characters])}
-    tokenizer = ByteLevelBPETokenizer(vocab, merges=[])
-    tokenizer.add_special_tokens([END])
-    folder.mkdir()
+    from tokenizers import ByteLevelBPETokenizer
+    tokenizer = ByteLevelBPETokenizer()
+    tokenizer.train_from_iterator([], vocab_size=257, special_tokens=[END], show_progress=False)
+    folder.mkdir(exist_ok=True)
     tokenizer.save(str(folder / "tokenizer.json"))
     return folder
 
 
 def make_data(folder, start=0):
     """60,000 characters of Python's reference, from `start` on, in make_tokenizer's tokens."""
-    tokenizer, text = folder.parent / "bytes", folder.parent / f"{folder.name}.txt"
-    if not tokenizer.exists():
-        make_tokenizer(tokenizer)
+    tokenizer, text = make_tokenizer(folder.parent / "bytes"), folder.parent / f"{folder.name}.txt"
     text.write_text(prepare.stand_in_text()[start:start + 60_000], encoding="utf-8")
-    argv = ["--input", text, "--tokenizer", tokenizer, "--out_dir", folder]
-    expect_end(run_main(prepare.main, *argv))
+    expect_end(run_main(prepare.main, input=text, tokenizer=tokenizer, out_dir=folder))
     return folder
 
 
@@ -314,19 +306,6 @@ def write_data(folder, train_ids, vocab_size=49152):
     prepare.write_meta(folder, {"source": "test", "vocab_size": vocab_size, "val_bytes": 100,
                                 "val_tokens": 100, "stand_in": None})
     return folder
-
-
-def edit_meta(folder, **changes):
-    """Changes a meta.json as someone would who knows how it is sealed."""
-    meta = json.loads(Path(folder, "meta.json").read_text())
-    prepare.write_meta(Path(folder), meta | changes)
-
-
-def flip(path, offset):
-    """Inverts one bit of a file; a negative offset counts from its end."""
-    raw = bytearray(Path(path).read_bytes())
-    raw[offset] ^= 4
-    Path(path).write_bytes(raw)
 
 
 def snapshot(folder="."):
@@ -348,24 +327,18 @@ def watch_disk(monkeypatch):
     return events
 
 
-# ---- what a run leaves ----
-
 def metrics(out_dir):
-    return [json.loads(line) for line in Path(out_dir, "metrics.jsonl").read_text().splitlines()]
-
-
-def untimed(out_dir):
     """The lines of metrics.jsonl without what the machine adds to them."""
+    lines = map(json.loads, Path(out_dir, "metrics.jsonl").read_text().splitlines())
     aside = ("tokens_per_sec", "seconds")
-    return [{k: v for k, v in line.items() if k not in aside} for line in metrics(out_dir)]
+    return [{k: v for k, v in line.items() if k not in aside} for line in lines]
 
 
 def last_step(out):
     """The step of the last whole line in metrics.jsonl; 0 where there is none."""
-    with contextlib.suppress(OSError, IndexError, ValueError):
-        with open(Path(out, "metrics.jsonl"), "rb") as f:
-            f.seek(max(0, f.seek(0, 2) - 800))
-            return json.loads(f.read().rpartition(b"\n")[0].rpartition(b"\n")[2])["step"]
+    with contextlib.suppress(OSError, ValueError), open(f"{out}/metrics.jsonl", "rb") as f:
+        f.seek(max(0, f.seek(0, 2) - 800))
+        return json.loads(f.read().rpartition(b"\n")[0].rpartition(b"\n")[2])["step"]
     return 0
 
 
@@ -383,46 +356,38 @@ def flat(value, name=""):
 
 
 def differences(a, b):
-    """The names of the places at which two checkpoints, or parts, are not equal to the bit."""
+    """{name: the bytes of both} of the places at which two checkpoints, or parts, differ."""
     a, b = flat(a), flat(b)
-    return sorted(name for name in a.keys() | b.keys() if a.get(name) != b.get(name))
+    both = {name: (a.get(name, b""), b.get(name, b"")) for name in sorted(a.keys() | b.keys())}
+    return {name: (x, y) for name, (x, y) in both.items() if x != y}
 
 
 def intact(out):
-    """The names of a folder's checkpoints; raises ValueError where one is not whole."""
+    """The steps of a folder's checkpoints; raises ValueError where one is not whole."""
     for path in train.checkpoints(out):
         train.read_checkpoint(path, mmap=True)
-    return [path.name for path in train.checkpoints(out)]
-
-
-def is_saving(out):
-    return Path(out, "checkpoint.tmp").exists()
+    return [train.step_of(path) for path in train.checkpoints(out)]
 
 
 def content(out):
-    """{name: bytes} of a run's last checkpoint, its metrics and the names of its files.
-
-    But for the time and out_dir."""
-    path, lines = train.checkpoints(out)[-1], untimed(out)
+    """A run's last checkpoint, its metrics and the names of its files, but for time and out_dir."""
+    path, lines = train.checkpoints(out)[-1], metrics(out)
     state = train.read_checkpoint(path, mmap=True)
     expect(state["model"] and state["optimizer"]["state"] and state["rng"], "it is empty")
     expect([line["step"] for line in lines] == [*range(1, state["step"] + 1)], "a step is missing")
     state |= {"seconds": None, "config": {**state["config"], "out_dir": None}}
-    return flat({path.name: state, "metrics": json.dumps(lines), "files": intact(out)})
+    return {path.name: state, "metrics": json.dumps(lines), "files": intact(out)}
 
 
 def lost_bits(wanted, out):
     """How many bits of weights, optimizer, RNG and metrics differ from the undisturbed run's."""
-    a, b, lost = content(wanted), content(out), 0
-    for name in a.keys() | b.keys():
-        x, y = a.get(name, b""), b.get(name, b"")
-        if x != y:
-            bits = (int.from_bytes(x) ^ int.from_bytes(y)).bit_count() + 8 * abs(len(x) - len(y))
-            print(f"  {bits} bits of {name} differ: {x[:99]}, {y[:99]}", file=sys.stderr)
-            lost += bits
+    lost = 0
+    for name, (x, y) in differences(content(wanted), content(out)).items():
+        bits = (int.from_bytes(x) ^ int.from_bytes(y)).bit_count() + 8 * abs(len(x) - len(y))
+        print(f"  {bits} bits of {name} differ: {x[:99]}, {y[:99]}", file=sys.stderr)
+        lost += bits
     return lost
 
 
 if __name__ == "__main__":  # the zygote
-    sys.path[0] = str(ROOT)
     serve()

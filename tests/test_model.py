@@ -3,7 +3,7 @@ import copy
 import json
 import re
 from dataclasses import asdict
-from unittest.mock import Mock
+from unittest.mock import Mock, patch
 
 import numpy as np
 import pytest
@@ -94,8 +94,7 @@ def test_the_first_weights_and_the_first_loss(full_size, data_dir):
 
 @pytest.mark.parametrize("shape, sizes", [
     ((2, 130), {}), ((1, 1), {}), ((3, 7), dict(num_key_value_heads=6)),
-    ((2, 600), dict(num_key_value_heads=1)),
-    ((1, 1100), dict(rope_theta=500.0, rms_norm_eps=1e-2))])
+    ((2, 600), dict(num_key_value_heads=1)), ((1, 1100), dict(rope_theta=5e2, rms_norm_eps=1e-2))])
 def test_logits_equal_transformers_at_other_sizes(shape, sizes):
     """And gradients. On the CPU in fp32 the loss takes 512 rows at a time: up to three here."""
     ours = small(**sizes)
@@ -152,14 +151,11 @@ def test_the_fused_loss_equals_cross_entropy_in_value_and_gradients(N, ignored):
     torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-6)
 
 
-def test_the_loss_of_bf16_logits_is_reduced_in_fp32():
+def test_the_loss_of_bf16_logits_is_reduced_in_fp32_and_as_good_as_cross_entropy():
     logits = 5 * torch.randn(40, 301, generator=torch.Generator().manual_seed(0)).bfloat16()
     expected = F.cross_entropy(logits.float(), torch.arange(40), reduction="none")
     found = M.cross_entropy_and_gradient(logits, torch.arange(40))
     assert torch.allclose(found, expected, atol=1e-5)
-
-
-def test_the_fused_loss_under_bf16_autocast_is_as_good_as_cross_entropy():
     ours, ids, losses, grads = small(), some_ids(1, 1301), [], []  # three chunks
     for loss_of, dtype in [(lambda m, x, y: m(x, y)[1], torch.bfloat16),
                            (plain_loss, torch.bfloat16), (plain_loss, torch.float32)]:
@@ -262,13 +258,11 @@ def test_the_cache_changes_no_token_at_full_size(full_size):
     (2, 2, 1, 400, torch.float32, 1e-3), (6, 1, 300, 200, torch.float32, 1e-3),
     (2, 1, 63, 150, torch.float32, 1e-3), (2, 1, 64, 150, torch.float32, 1e-3),
     (1, 3, 65, 150, torch.float32, 1e-3), (2, 2, 20, 150, torch.bfloat16, 0.3)])
-def test_the_cache_changes_no_token_in_hundreds_and_hardly_a_logit(
-        kv_heads, B, T, n, dtype, tolerance, monkeypatch):
-    """The cache lies in blocks of 64 positions."""
+def test_the_cache_changes_no_token_and_hardly_a_logit(kv_heads, B, T, n, dtype, tolerance):
+    """Of hundreds. The cache lies in blocks of 64 positions."""
     m, prompt = lively(small(num_key_value_heads=kv_heads)).to(dtype), some_ids(B, T)
-    sampling = Mock(wraps=M.sample_token)
-    monkeypatch.setattr(M, "sample_token", sampling)
-    tokens = list(generate(m, prompt, n, temperature=0))
+    with patch.object(M, "sample_token", wraps=M.sample_token) as sampling:
+        tokens = list(generate(m, prompt, n, temperature=0))
     logits = torch.stack([call.args[0].float() for call in sampling.call_args_list], dim=1)
     if dtype == torch.float32:
         assert_greedy(m, prompt, tokens)
@@ -285,8 +279,7 @@ def test_compiled_generation_changes_no_token(compiling):
     other = {"hidden_size": 32, "num_attention_heads": 2, "num_key_value_heads": 1}
     models = [lively(small(**changes)).to(compiling) for changes in ({}, {}, other)]
     prompts = [some_ids(B, 50).to(compiling) for B in (1, 2, 1)]
-    streams = [generate(m, prompt, 250, compile=True, temperature=0)
-               for m, prompt in zip(models, prompts)]
+    streams = [generate(m, p, 250, compile=True, temperature=0) for m, p in zip(models, prompts)]
     texts = zip(*zip(*streams, strict=True))
     for m, prompt, tokens in zip(models, prompts, texts):
         assert_greedy(m, prompt, tokens)
@@ -298,8 +291,7 @@ def test_more_positions_than_the_model_has_are_a_clear_error():
         m(some_ids(1, 33))
     with pytest.raises(ValueError, match="33 .* 32"):
         next(generate(m, prompt, 13))
-    assert len(list(generate(m, prompt, 12))) == 12
-    assert list(generate(m, prompt, 0)) == []
+    assert len(list(generate(m, prompt, 12))) == 12 and list(generate(m, prompt, 0)) == []
 
 
 @pytest.mark.parametrize("sampling", [

@@ -2,9 +2,9 @@
 import shutil
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
-import huggingface_hub
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -15,15 +15,12 @@ import train
 from tests.harness import ROOT, expect_end, refused, run_main
 
 PROMPT = "ROMEO:"
+run_sample = partial(run_main, sample.main)
 
 
-def run_sample(*argv, checkpoint="out", stdin=b""):
-    return run_main(sample.main, f"--checkpoint={checkpoint}", *argv, stdin=stdin)
-
-
-def text(checkpoint, prompt, *argv, **how):
+def text(checkpoint, prompt, *argv, **keys):
     """Standard output after a prompt, without the last line end."""
-    result = run_sample(f"--prompt={prompt}", *argv, checkpoint=checkpoint, **how)
+    result = run_sample(*argv, checkpoint=checkpoint, prompt=prompt, **keys)
     assert result.code == 0 and result.out.endswith("\n"), result.err
     return result.out[:-1]
 
@@ -45,9 +42,14 @@ def test_standard_output_is_the_prompt_and_the_text_and_nothing_else(run_dir, to
     assert done.stdout.decode() == expected + "\n" and b"step_000012.pt" in done.stderr
     middle = len(expected) // 2
     stop = expected[middle:middle + 6]  # a text that comes, cut anywhere in its tokens
-    stopped = text(run_dir, PROMPT, *keys, f"--stop={stop}", "--stop=not in it")
+    stopped = text(run_dir, PROMPT, *keys, "--stop=not in it", stop=stop)
     assert stopped == expected[:expected.index(stop, len(PROMPT))]
-    assert text(run_dir, "", "--max_new_tokens=9")  # an empty prompt begins a text
+    assert text(run_dir, "", max_new_tokens=9)  # an empty prompt begins a text
+    _, *texts = text(run_dir, "And", num_samples=3, max_new_tokens=20).split("--- ")
+    assert len(texts) == len({t[2:].strip() for t in texts}) == 3  # each after its number
+    result = run_sample(prompt="And so", max_new_tokens=8192, checkpoint=run_dir)
+    expect_end(result, [1], "8192", "positions")  # more than the model has
+    assert result.out == ""
 
 
 def test_a_folder_in_hugging_faces_format_gives_the_greedy_tokens_of_transformers(tokenizer):
@@ -62,14 +64,9 @@ def test_a_folder_in_hugging_faces_format_gives_the_greedy_tokens_of_transformer
     with torch.no_grad():
         for _ in range(60):
             ids = torch.cat((ids, theirs(ids).logits[:, -1:].argmax(-1)), dim=1)
-    found = text("hf", PROMPT, "--temperature=0", "--max_new_tokens=60", "--dtype=float32")
+    found = text("hf", PROMPT, temperature=0, max_new_tokens=60, dtype="float32")
     assert found == tokenizer.decode(ids[0].tolist())
     assert len(ids[0].unique()) > 20  # it does not repeat itself
-
-
-def test_several_samples_are_several_texts(run_dir):
-    _, *texts = text(run_dir, "And", "--num_samples=3", "--max_new_tokens=20").split("--- ")
-    assert len(texts) == len({t[2:].strip() for t in texts}) == 3  # each after its number
 
 
 @pytest.mark.parametrize("num_samples, out", [(1, "A word"), (2, "--- 1\nA word\n--- 2\nA word")])
@@ -77,7 +74,7 @@ def test_it_ends_at_endoftext(num_samples, out, run_dir, tokenizer, monkeypatch)
     made = [*tokenizer.encode(" word"), tokenizer.eos_token_id, *tokenizer.encode(" beyond")]
     tokens = (torch.tensor([i] * num_samples) for i in made)
     monkeypatch.setattr(M, "generate", lambda *args, **kwargs: tokens)
-    assert text(run_dir, "A", f"--num_samples={num_samples}", "--max_new_tokens=9") == out
+    assert text(run_dir, "A", num_samples=num_samples, max_new_tokens=9) == out
     assert next(tokens)[0] == made[-1]  # nothing was made after the end
 
 
@@ -113,8 +110,7 @@ def test_a_character_that_never_becomes_whole_does_not_hold_up_the_end(tokenizer
     ("STOP here, ", "one two STOP three END", ["END", "STOP"], "one two "),
     ("Say: ", "a 🙂 b 🙃 c", ["🙃"], "a 🙂 b ")],
     ids=["it comes", "it only begins", "in the prompt, and the first of two", "split characters"])
-def test_a_stop_text_over_several_tokens_is_never_shown_not_even_its_beginning(
-        tokenizer, prompt, text, stops, shown):
+def test_a_stop_text_is_never_shown_not_even_its_beginning(tokenizer, prompt, text, stops, shown):
     pieces, _ = stream(tokenizer, prompt, text, stops)
     assert "".join(pieces) == shown
     assert all(shown.startswith("".join(pieces[:n])) for n in range(len(pieces)))
@@ -126,29 +122,15 @@ def test_the_newest_checkpoint_of_out_is_the_default_and_best_the_best(run_dir):
     best = {"step": train.step_of(older), "val_loss": 5.0}
     train.write_checkpoint(newest, {**train.read_checkpoint(newest), "best": best})
     for checkpoint, file in (("out", newest), (older, older), ("best", older), ("out/best", older)):
-        result = run_sample("--max_new_tokens=1", checkpoint=checkpoint)
+        result = run_sample(max_new_tokens=1, checkpoint=checkpoint)
         assert f"{file}: step {train.step_of(file)}" in result.err
         assert ("--checkpoint out/best" in result.err) == (file == newest)  # a hint
     older.unlink()
     refused(run_sample(checkpoint="best"), older, code=1)
 
 
-@pytest.mark.parametrize("word", [
-    "--temperature=-1", "--temperature=nan", "--temperature=hot", "--top_k=1.5", "--top_p=1.1",
-    "--max_new_tokens=0", "--num_samples=0", "--seed=-1", "--stop=", "--dtype=int8",
-    "--device=tpu9", "--temprature=1", "--prompt=\udcff", "--prompt=-"], ids=ascii)
-def test_bad_values_are_one_line_and_exit_2(word):
-    refused(run_sample(word, stdin=b"caf\xe9"), word.partition("=")[0])
-
-
-def test_more_tokens_than_the_model_has_positions_are_a_clear_error(run_dir):
-    result = run_sample("--prompt=And so", "--max_new_tokens=8192", checkpoint=run_dir)
-    expect_end(result, [1], "8192", "positions")
-    assert result.out == ""
-
-
 def test_what_is_no_checkpoint_is_refused_and_no_hub_is_asked(monkeypatch):
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", None)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", None)
     for typed in ("out", "best", "/no/such", "wdata", "./wdata", "none/step_000001.pt"):
         refused(run_sample(checkpoint=typed), "python train.py config/smollm2.py", code=1)
     Path("text.pt").write_text("not a checkpoint")

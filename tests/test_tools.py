@@ -3,10 +3,8 @@ import importlib.util
 import json
 import os
 import re
-import shlex
 import shutil
 import subprocess
-import sys
 import venv
 from pathlib import Path
 from unittest.mock import Mock
@@ -16,9 +14,7 @@ import torch
 
 import sample
 import train
-from model import SmolLM2Config
-from tests.harness import (ROOT, TINY, Process, expect_end, free_port, metrics, refused, run_main,
-                           snapshot)
+from tests.harness import ROOT, TINY, Process, expect_end, free_port, metrics, refused, run_main
 from tools import bench, demo, export, plot, space, tensorboard
 
 HARD_TEXTS = [
@@ -30,31 +26,20 @@ BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
 CHROMIUM = next(filter(None, map(shutil.which, BROWSERS)), None)
 
 
-def needs(package):
-    return pytest.mark.skipif(not importlib.util.find_spec(package),
-                              reason=f"{package} is missing: pip install -r tools/requirements.txt")
-
-
 @pytest.fixture(scope="module")
 def exported(run_dir, tmp_path_factory):
     """An export of that run, with its title."""
     folder = tmp_path_factory.mktemp("export") / "bard"
-    expect_end(run_main(export.main, run_dir, folder, "--licence=mit", "--language=en"))
+    expect_end(run_main(export.main, run_dir, folder, licence="mit", language="en"))
     return folder
 
 
-def card(folder):
-    return Path(folder, "README.md").read_text(encoding="utf-8")
-
-
 @pytest.mark.parametrize("dtype, tolerance", [("float32", 1e-5), ("bfloat16", 0.03)])
-def test_transformers_loads_an_export_and_gives_the_same_logits(
-        run_dir, tokenizer, dtype, tolerance):
+def test_transformers_gives_an_export_the_same_logits(run_dir, tokenizer, dtype, tolerance):
     from transformers import AutoModelForCausalLM, AutoTokenizer
-    assert run_main(export.main, run_dir, "exported", "--dtype", dtype).code == 0
+    assert run_main(export.main, run_dir, "exported", dtype=dtype).code == 0
     theirs = AutoModelForCausalLM.from_pretrained("exported").eval()
-    assert theirs.dtype == getattr(torch, dtype)
-    assert theirs.config.max_position_embeddings == 8192
+    assert theirs.dtype == getattr(torch, dtype) and theirs.config.max_position_embeddings == 8192
     ours = sample.load(str(run_dir))[0].to(theirs.dtype)
     for name, p in ours.named_parameters():
         assert torch.equal(p, theirs.get_parameter(name)), name
@@ -66,7 +51,7 @@ def test_transformers_loads_an_export_and_gives_the_same_logits(
     assert all(written.encode(text) == tokenizer.encode(text) for text in HARD_TEXTS)
     assert theirs.generation_config.eos_token_id == tokenizer.eos_token_id
     config = json.loads(Path("exported/config.json").read_text())
-    assert config.keys() & train.KEYS.keys() == SmolLM2Config.__dataclass_fields__.keys()
+    assert config.keys() & train.KEYS.keys() == train.SmolLM2Config.__dataclass_fields__.keys()
 
 
 IN_TRANSFORMERS_4 = """
@@ -93,24 +78,23 @@ def test_transformers_4_reads_an_export(exported, tokenizer):
     command = ["old/bin/python", "-c", IN_TRANSFORMERS_4, exported, json.dumps(HARD_TEXTS)]
     ids, text = json.loads(subprocess.check_output(command))
     assert ids == [tokenizer.encode(t) for t in HARD_TEXTS]
-    ours = run_main(sample.main, "--checkpoint", exported, "--prompt=To be", "--temperature=0",
-                    "--max_new_tokens=24", "--dtype=float32")
+    ours = run_main(sample.main, checkpoint=exported, prompt="To be", temperature=0,
+                    max_new_tokens=24, dtype="float32")
     assert ours.code == 0 and text + "\n" == ours.out
 
 
 def test_training_goes_on_from_an_export(run_dir, exported, data_dir):
     recipe = (ROOT / "config" / "finetune_shakespeare.py").read_text()
     Path("recipe.py").write_text(recipe.replace("HuggingFaceTB/SmolLM2-135M", str(exported)))
-    expect_end(run_main(train.main, "recipe.py", f"--data_dir={data_dir}", "--max_steps=1",
-                        "--compile=false", "--batch_size=2", "--block_size=16", "--eval_tokens=64",
-                        "--log_interval=1", "--out_dir=fine"))
+    expect_end(run_main(train.main, "recipe.py", data_dir=data_dir, out_dir="fine", max_steps=1,
+                        compile=False, batch_size=2, block_size=16, eval_tokens=64, log_interval=1))
     first, last = metrics(run_dir)[0]["loss"], metrics("fine")[0]["loss"]
     assert first > 11 and last < first - 0.3  # it went on from what had been learned
 
 
 def test_the_card_tells_the_run_and_no_folder(run_dir, exported, data_dir):
     import yaml
-    front, rest = card(exported).removeprefix("---\n").split("\n---\n", 1)
+    _, front, rest = (exported / "README.md").read_text(encoding="utf-8").split("---\n", 2)
     front, meta = yaml.safe_load(front), json.loads((data_dir / "meta.json").read_text())
     loss = metrics(run_dir)[-1]["val_loss"]
     assert (front["license"], front["language"]) == ("mit", "en")
@@ -142,14 +126,13 @@ def test_a_card_without_its_data_or_metrics(run_dir, monkeypatch):
                         (book, "STAND-IN DATA", "book.txt"), (stories, "datasets: me/stories\n")]:
         monkeypatch.setattr(export, "read_meta", lambda state, meta=meta: meta)
         assert run_main(export.main, "out", "bard", "--overwrite").code == 0
-        assert all(words in card("bard") for words in told) and "secret" not in card("bard")
+        card = Path("bard/README.md").read_text(encoding="utf-8")
+        assert all(words in card for words in told) and "secret" not in card
 
 
-def test_export_replaces_nothing_unasked(run_dir):
+def test_an_export_leaves_other_files_alone(run_dir):
     os.mkdir("mine")
     Path("mine/precious").touch()
-    refused(run_main(export.main, run_dir, "mine"), "mine is not empty")
-    assert os.listdir("mine") == ["precious"]
     assert run_main(export.main, run_dir, "mine", "--overwrite").code == 0
     assert os.path.exists("mine/precious")
     weights, config = (os.stat(f"mine/{name}") for name in ("model.safetensors", "config.json"))
@@ -169,28 +152,28 @@ def test_push_to_hub_uploads_the_folder(run_dir, monkeypatch):
     sent = hub.upload_folder.call_args.kwargs
     assert (sent["repo_id"], sent["folder_path"]) == ("me/bard", Path("exported"))
     files = {"model.safetensors", "config.json", "generation_config.json", "tokenizer.json"}
-    assert files <= set(os.listdir("exported")) and "pretrained=me/bard" in card("exported")
+    assert files <= set(os.listdir("exported"))
+    assert "pretrained=me/bard" in Path("exported/README.md").read_text(encoding="utf-8")
     hub.create_repo.side_effect = OSError("no login")
     expect_end(run_main(export.main, *argv), [1], "no login")
 
 
-@needs("matplotlib")
 def test_plot_draws_png_and_svg_of_runs_that_go_on(run_dir):
+    pytest.importorskip("matplotlib")
     from PIL import Image
     os.mkdir("other")
     text = (run_dir / "metrics.jsonl").read_text()
     Path("other/metrics.jsonl").write_text(text + '{"step": 13, "lo')
     assert run_main(plot.main, run_dir).code == 0
-    assert run_main(plot.main, run_dir, "other", "--x=time", "--output=time.svg").code == 0
+    assert run_main(plot.main, run_dir, "other", x="time", output="time.svg").code == 0
     assert "<svg" in Path("time.svg").read_text(encoding="utf-8")[:1000]
     image = Image.open(run_dir / "plot.png")
     assert image.size == (1600, 992) and len(image.convert("RGB").getcolors(2**20)) > 100
 
 
-@needs("matplotlib")
 def test_a_plot_says_what_it_shows_from_the_first_step_on(run_dir, monkeypatch):
     """One point is a marker, steps are whole, the legend names both losses."""
-    from matplotlib.figure import Figure
+    Figure = pytest.importorskip("matplotlib.figure").Figure
     figures, rows = [], plot.read_metrics(run_dir)
     monkeypatch.setattr(Figure, "savefig", lambda self, to, **_: figures.append(self) or to.touch())
     plot.draw({"a": rows[:1]}, "x.png")
@@ -205,12 +188,11 @@ def test_a_plot_says_what_it_shows_from_the_first_step_on(run_dir, monkeypatch):
         assert "steps" in loss.get_xlabel()
 
 
-@needs("tensorboard")
 def test_tensorboard_gets_every_step_once_however_often_it_is_asked(run_dir):
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    reader = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     for _ in range(2):
         assert run_main(tensorboard.main, run_dir).code == 0
-    events = EventAccumulator(str(run_dir / "tensorboard" / "out")).Reload()
+    events = reader.EventAccumulator(str(run_dir / "tensorboard" / "out")).Reload()
     assert [event.step for event in events.Scalars("loss/training")] == list(range(1, 13))
     assert [event.step for event in events.Scalars("loss/held-out")] == [4, 8, 12]
     assert "recipe/text_summary" in events.Tags()["tensors"]
@@ -230,45 +212,17 @@ def test_the_benchmark_tells_whether_runs_have_the_same_bits(data_dir, monkeypat
     assert run_main(bench.main, *keys).out.count("OTHER BITS") == 2
 
 
-@pytest.mark.parametrize("tool, argv, code, told", [
-    (export, "nowhere x", 1, "nowhere"), (export, "x", 2, "folder"),
-    (export, "out x --push_to_hub name", 2, "USER/NAME"),
-    (export, "out file --overwrite", 2, "file"),
-    (plot, "nowhere", 1, "nowhere"), (plot, "", 2, "RUN"),
-    (plot, "x --output plot.jpg", 2, "plot.jpg"), (plot, "bad", 1, "line 1"),
-    (plot, "list", 1, "line 1"), (plot, "binary", 1, "binary"), (plot, "empty", 1, "nothing"),
-    (bench, "nonsense", 2, "nonsense"), (bench, "train --shapes=4", 2, "BxT"),
-    (bench, "--runs=0", 2, "--runs"), (bench, "--what", 2, "--what"),
-    (tensorboard, "nowhere", 1, "nowhere"), (demo, "--checkpoint=no/run/x", 2, "no/run/x"),
-    pytest.param(demo, "", 1, "train.py", marks=needs("gradio"))])
-def test_what_one_types_wrong_is_one_line(tool, argv, code, told):
-    contents = {"bad": b"{}\n{}\n", "list": b"[1]\n", "binary": b"\xff\n", "empty": b""}
-    for name, content in contents.items():
-        os.mkdir(name)
-        Path(name, "metrics.jsonl").write_bytes(content)
-    Path("file").touch()
-    done = run_main(tool.main, *argv.split())
-    refused(done, told, code=code)
-    assert not done.out and not os.path.exists("x")
-
-
-@pytest.mark.parametrize("tool, package", [(plot, "matplotlib"), (demo, "gradio")])
-def test_a_missing_package_is_one_line(tool, package, run_dir, monkeypatch):
-    monkeypatch.setitem(sys.modules, package, None)
-    argv = [run_dir] if tool is plot else []
-    refused(run_main(tool.main, *argv), package, "tools/requirements.txt", code=1)
-
-
 @pytest.mark.slow
 def test_bench_shows_why_a_contestant_failed_and_goes_on_with_the_next_part(tmp_path):
-    done = run_main(bench.main, "prepare", "exact", f"--data_dir={tmp_path}")
+    done = run_main(bench.main, "prepare", "exact", data_dir=tmp_path)
     expect_end(done, [1], "failed", "prepare, exact")
     for reason in ("prepare: all cores failed: ", "tokenizer.json", "exact: train.py: data_dir"):
         assert reason in done.err
 
 
-@needs("gradio")
 def test_demo_finds_runs_and_exports_and_writes_what_sample_writes(run_dir, exported):
+    pytest.importorskip("gradio")
+    refused(run_main(demo.main), "train.py", code=1)  # nothing is here yet
     for name in ("out-a", "out-new"):
         shutil.copytree(run_dir, name)
     os.utime("out-new/step_000012.pt", (2e9, 2e9))
@@ -279,10 +233,9 @@ def test_demo_finds_runs_and_exports_and_writes_what_sample_writes(run_dir, expo
     assert list(choices) == [*files, "bard"] and demo.found(["x"]) == [("x", "x")]
     loss = metrics(run_dir)[-1]["val_loss"]
     assert choices["out-a/step_000012.pt"].startswith(f"out-a, step 12: held-out loss {loss:.3f}")
-
     *_, (body, plain, stop) = demo.show([], {}, "bard", files[1], "To be", "", *VALUES.values())
-    argv = "--checkpoint=bard --seed=7 --max_new_tokens=20 --temperature=0.9 --top_k=30".split()
-    done = run_main(sample.main, *argv, "--top_p=0.95", "--prompt=To be")
+    done = run_main(sample.main, checkpoint="bard", prompt="To be", seed=7, max_new_tokens=20,
+                    temperature=0.9, top_k=30, top_p=0.95)
     assert plain + "\n" == done.out
     lines = re.findall(r'<p class="speed">done: 20 tokens, [\d,]+ per second</p>', body)
     left, right = re.findall(r'<p class="written"><span>To be</span>(.*?)</p>', body, re.DOTALL)
@@ -291,13 +244,11 @@ def test_demo_finds_runs_and_exports_and_writes_what_sample_writes(run_dir, expo
     assert plain.startswith(stopped) and plain[-3:] not in stopped  # a stop text
 
 
-@needs("gradio")
 @pytest.mark.parametrize("name, prompt, change, told", [
     ("bard", "", {"Seed": None}, "Seed"), ("/etc", "", {}, "/etc"),
     ("bard", "", {"Temperature": 99}, "Temperature"), ("bard", "to " * 9000, {}, "do not fit")])
-def test_demo_has_a_message_for_a_bad_value_and_clears_the_old_text(
-        exported, name, prompt, change, told):
-    import gradio
+def test_demo_tells_a_bad_value_and_clears_the_old_text(exported, name, prompt, change, told):
+    gradio = pytest.importorskip("gradio")
     shutil.copytree(exported, "bard")
     shown = []
     with pytest.raises(gradio.Error, match=told):
@@ -308,20 +259,14 @@ def test_demo_has_a_message_for_a_bad_value_and_clears_the_old_text(
 
 def test_a_space_is_a_new_folder_and_tells_nothing_of_this_machine(run_dir):
     done = run_main(space.main, "sp ace", run_dir)
-    assert done.code == 0 and shlex.split(done.out.splitlines()[-1])[-1] == "sp ace"
+    assert done.code == 0 and done.out.endswith(" 'sp ace'\n")
     assert not {"run.json", ".lock", "samples"} & {path.name for path in Path("sp ace").rglob("*")}
-    assert train.checkpoints(f"sp ace/{run_dir.name}")
-    before = snapshot("sp ace")
-    for argv, word in [(("sp ace", run_dir), "sp ace"), (("new", "no/run/x"), "no/run/x"),
-                       (("new", run_dir, run_dir), "name of its own"), (("new",), "checkpoint")]:
-        refused(run_main(space.main, *argv), word)
-    assert snapshot("sp ace") == before and os.listdir() == ["sp ace"]
+    assert train.checkpoints(f"sp ace/{run_dir.name}") and os.listdir() == ["sp ace"]
 
 
 @pytest.mark.slow
-@needs("gradio")
 def test_a_space_starts_from_its_folder_and_programs_call_generate(run_dir, tmp_path):
-    import gradio
+    gradio = pytest.importorskip("gradio")
     from gradio_client import Client
     folder, file = tmp_path / "space", f"{run_dir.name}/step_000012.pt"
     assert run_main(space.main, folder, run_dir).code == 0
@@ -329,43 +274,39 @@ def test_a_space_starts_from_its_folder_and_programs_call_generate(run_dir, tmp_
     needed = (folder / "requirements.txt").read_text().split()
     assert [line.partition("==")[0] for line in needed] == ["torch", "transformers", "numpy"]
     port = free_port()
-    with Process(["app.py"], folder, GRADIO_SERVER_PORT=port) as process:
+    with Process(["app.py"], folder, GRADIO_SERVER_PORT=port, PYTHONPATH="") as process:
         process.until(lambda: "open http" in process.text)
         client = Client(f"http://127.0.0.1:{port}", verbose=False)
         text = client.predict(checkpoint=file, prompt="To be", length=20, temperature=0,
                               api_name="/generate")
         with pytest.raises(Exception, match="no x"):
             client.predict(checkpoint="x", prompt="", api_name="/generate")
-    done = run_main(sample.main, "--checkpoint", run_dir, "--prompt=To be", "--max_new_tokens=20",
-                    "--temperature=0")
+    done = run_main(sample.main, checkpoint=run_dir, prompt="To be", max_new_tokens=20,
+                    temperature=0)
     assert f"To be{text}\n" == done.out
 
 
 @pytest.mark.slow
-@needs("gradio")
 @pytest.mark.skipif(not CHROMIUM, reason="no Chromium is installed: apt-get install chromium")
-def test_demo_in_a_browser(run_dir, tmp_path):
+def test_demo_in_a_browser(run_dir):
     """Text streams; two side by side; they stop, and one goes on; nothing comes from elsewhere."""
+    pytest.importorskip("gradio")
     playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
     flags = ["--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run"]
     port = free_port()
     demo_url = f"http://127.0.0.1:{port}"
     command = ["-m", "tools.demo", "--port", port, "--checkpoint", run_dir]
-    with (Process(command, tmp_path, PYTHONPATH=str(ROOT)) as process,
-          playwright.sync_playwright() as p):
+    with Process(command) as process, playwright.sync_playwright() as p:
         process.until(lambda: "open http" in process.text)
         page = p.chromium.launch(executable_path=CHROMIUM, args=flags).new_page()
         page.set_default_timeout(60_000)
         asked = []
         page.on("request", lambda request: asked.append(request.url))
-
         prompt, length = page.get_by_label("Prompt"), page.get_by_label("number input for Length")
         lines, texts = page.locator(".speed"), page.locator(".written")
         stop = page.get_by_role("button", name="Stop")
-
         def wait(words, side=0):
             playwright.expect(lines.nth(side)).to_contain_text(words, timeout=60_000)
-
         page.goto(demo_url)
         playwright.expect(page.get_by_label("Checkpoint")).not_to_have_value("")  # it is loaded
         length.fill("1000")  # long enough to be seen on the way
