@@ -14,7 +14,7 @@ if sys.version_info < (3, 11):
     sys.exit(f"Python 3.11 or newer is needed, and this is {sys.version.split()[0]}")
 
 import argparse
-import contextlib
+import codecs
 import hashlib
 import json
 import os
@@ -24,10 +24,11 @@ import shutil
 import signal
 import time
 import urllib.request
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
-from filelock import FileLock, Timeout
+from filelock import FileLock
 from tokenizers import Tokenizer, decoders, models, trainers
 from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
 from tqdm import tqdm
@@ -41,37 +42,32 @@ SPECIAL_TOKENS = """<|endoftext|> <|im_start|> <|im_end|> <repo_name> <reponame>
     <jupyter_text> <jupyter_code> <jupyter_output> <jupyter_script> <empty_output>""".split()
 GPT2_WORDS = ByteLevel(add_prefix_space=False)  # how a text is cut into words
 SMOLLM2_WORDS = Sequence([Digits(individual_digits=True), GPT2_WORDS])
-CORPUS = (".jsonl", ".json", ".parquet", ".arrow")  # files of many documents
-
-# ---- the data format: these files (.bin is raw uint16) and meta.json ----
-
+CORPUS = r"(?i)\.(jsonl?|parquet|arrow)$"  # names of files of many documents
 FILES = {"train": "train.bin", "val": "val.bin", "tokenizer": "tokenizer/tokenizer.json"}
 
 
+# ---- the data format: FILES (.bin is raw uint16) and meta.json ----
+
 class Data:
-    """A prepared folder: train and val (uint16 ids, on disk), meta (what meta.json says).
+    """A prepared folder: train and val (uint16 ids, on disk), meta (what meta.json says), and
+    fingerprint, which tells data from other data, under any name.
 
     Raises FileNotFoundError where nothing is prepared, ValueError where something was changed."""
 
     def __init__(self, folder):
         folder = self.folder = Path(folder)
         content = (folder / "meta.json").read_bytes()
-        try:
+        with explaining(f"{folder} is damaged"):  # anything may have been written into it
             meta = self.meta = json.loads(content)
             changed = seal(folder, meta).items() - meta.items()
             if changed:
                 raise ValueError(f"{max(changed)[0]} does not fit: something was changed")
-            self.train = np.memmap(folder / FILES["train"], "<u2", "r")
-            self.val = np.memmap(folder / FILES["val"], "<u2", "r")
+            self.fingerprint = {name: meta[f"{name}_sha256"][:16] for name in FILES}
+            self.train = np.memmap(folder / "train.bin", "<u2", "r")
+            self.val = np.memmap(folder / "val.bin", "<u2", "r")
             largest = max(self.train.max(), self.val.max())
             if largest >= meta["vocab_size"]:
                 raise ValueError(f"id {largest} is not below vocab_size {meta['vocab_size']}")
-        except Exception as error:  # anything may have been written into it
-            raise ValueError(f"{folder} is damaged: {first_line(error)}") from None
-
-    def fingerprint(self):
-        """Tells data from other data, under any name."""
-        return {name: self.meta[f"{name}_sha256"][:16] for name in FILES}
 
 
 def write_meta(folder, facts):
@@ -96,46 +92,40 @@ def digest(path):
 
 # ---- text and tokenizer ----
 
-SIGNATURES = [  # how a file begins that is no UTF-8 text, what it is, and what to do
-    ((b"\xff\xfe\0\0", b"\0\0\xfe\xff"), "UTF-32: iconv -f UTF-32 -t UTF-8 {} > new.txt"),
-    ((b"\xff\xfe", b"\xfe\xff"), "UTF-16: iconv -f UTF-16 -t UTF-8 {} > new.txt"),
-    (b"\x1f\x8b", "gzip: gunzip < {} > new.txt"),
-    (b"%PDF", "PDF: pdftotext {} new.txt"),
-    ((b"PAR1", b"ARROW1"), "Parquet or Arrow: name it so, for python -m tools.corpus"),
-    ((b"PK\3\4", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd"), "packed (zip, as .docx and .epub are, "
-     "bzip2, xz or Zstandard): unpack it, and save the text in it as UTF-8")]
+SIGNATURES = {  # how a file begins that is no UTF-8 text: what it is, and what to do
+    rb"\xff\xfe\0\0|\0\0\xfe\xff": "UTF-32: iconv -f UTF-32 -t UTF-8 {} > new.txt",
+    rb"\xff\xfe|\xfe\xff": "UTF-16: iconv -f UTF-16 -t UTF-8 {} > new.txt",
+    rb"\x1f\x8b": "gzip: gunzip < {} > new.txt",
+    rb"%PDF": "PDF: pdftotext {} new.txt",
+    rb"PAR1|ARROW1": "Parquet or Arrow: name it so, for python -m tools.corpus",
+    rb"PK\x03\x04|BZh|\xfd7zXZ|\x28\xb5\x2f\xfd":
+    "packed (zip, as .docx is, bzip2, xz, Zstandard): unpack it, and save the text as UTF-8",
+    rb"(?s).{,999}?(.\0){4}": "zero bytes, as in UTF-16: iconv -f UTF-16LE -t UTF-8 {} > new.txt"}
 
 
 def decode_text(path, content):
     """The text in a file's content; ValueError says what else it is, and what to do."""
     quoted = shlex.quote(path)
-    for beginning, advice in SIGNATURES:
-        if content.startswith(beginning):
+    for beginning, advice in SIGNATURES.items():
+        if re.match(beginning, content):
             raise ValueError(f"--input {path}: not UTF-8 text, but {advice.format(quoted)}")
-    if content.count(0) > len(content) / 100:
-        raise ValueError(f"--input {path}: holds zero bytes, so it is no text, or in UTF-16: "
-                         f"iconv -f UTF-16LE -t UTF-8 {quoted} > new.txt")
-    try:
+    with explaining(f"--input {path}: not UTF-8 text (if it is Latin-1: iconv -f LATIN1 -t UTF-8 "
+                    f"{quoted} > new.txt)"):
         return content.decode().removeprefix("\ufeff")
-    except UnicodeDecodeError as error:
-        place = f"byte 0x{content[error.start]:02X} at offset {error.start:,}"
-        advice = f"of a text in Latin-1 make one: iconv -f LATIN1 -t UTF-8 {quoted} > new.txt"
-        raise ValueError(f"--input {path}: not UTF-8: {place}; {advice}") from None
 
 
 def stand_in_text():
     from pydoc_data.topics import topics  # the language reference: it ships inside every Python
-    return "\n".join(topics[key] for key in sorted(topics))
+    return "\n".join(topics.values())
 
 
 def choose_text(path):
-    """A file's text and name; without a path, Tiny Shakespeare or what stands in for it."""
-    if path:
+    """A file's text and name; for URL, Tiny Shakespeare or what stands in for it."""
+    if path != URL:
         return decode_text(path, Path(path).read_bytes()), Path(path).name
     for attempt in (1, 2, 3):
         try:
-            with urllib.request.urlopen(URL, timeout=10) as response:
-                content = response.read(2**24)
+            content = urllib.request.urlopen(URL, timeout=10).read(2**24)
             if hashlib.sha256(content).hexdigest() != SHA256:  # an error page never becomes data
                 raise ValueError(f"what came is something else: {content[:40]!r}")
             return content.decode(), f"Tiny Shakespeare ({URL})"
@@ -145,36 +135,21 @@ def choose_text(path):
     return stand_in_text(), "stand-in: Python's language reference (pydoc_data.topics)"
 
 
-def load_tokenizer(folder):
-    """The tokenizer in a folder as transformers has it; no hub is asked. Raises ValueError."""
-    from transformers import PreTrainedTokenizerFast
-    backend, end = open_tokenizer(folder)
-    try:  # AutoTokenizer goes by the class's name and so loses Digits (seen with transformers 5.23)
-        tokenizer = PreTrainedTokenizerFast.from_pretrained(
-            folder, tokenizer_object=backend, local_files_only=True)
-    except Exception as error:
-        raise ValueError(f"the tokenizer in {folder} does not load: {first_line(error)}") from None
-    tokenizer.eos_token_id = end
-    return tokenizer
-
-
 def open_tokenizer(folder):
     """(tokenizer, the id that ends a text or None), to encode prompts and to decode.
 
     Of the library `tokenizers`: importing transformers takes a second. Raises ValueError."""
-    config, end = Path(folder, "tokenizer_config.json"), SPECIAL_TOKENS[0]
-    try:
-        tokenizer = Tokenizer.from_file(str(Path(folder, "tokenizer.json")))
-        if config.exists():
-            end = json.loads(config.read_bytes()).get("eos_token") or end
+    end = SPECIAL_TOKENS[0]
+    with explaining(f"{folder}/tokenizer.json does not load"):
+        tokenizer = Tokenizer.from_file(f"{folder}/tokenizer.json")
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+        with suppress(FileNotFoundError):
+            config = json.loads(Path(folder, "tokenizer_config.json").read_bytes())
+            end = config.get("eos_token") or end
         if isinstance(end, dict):  # as older files have it
             end = end["content"]
-    except Exception as error:  # the library raises nothing narrower
-        problem = first_line(error)
-        raise ValueError(f"the tokenizer.json in {folder} does not load: {problem}") from None
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
-    return tokenizer, tokenizer.token_to_id(end)
+        return tokenizer, tokenizer.token_to_id(end)
 
 
 def hub_folder(name):
@@ -186,62 +161,59 @@ def hub_folder(name):
     return Path(path).parent
 
 
-def stand_in_tokenizer():
-    """A byte-level BPE with SmolLM2's special tokens and pre-tokenizer, of the stand-in text."""
-    from transformers import PreTrainedTokenizerFast
-    backend = Tokenizer(models.BPE())
-    backend.pre_tokenizer, backend.decoder = SMOLLM2_WORDS, decoders.ByteLevel()
+def stand_in_tokenizer(folder):
+    """Makes a folder with a byte-level BPE of the stand-in text, else like SmolLM2's tokenizer."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer, tokenizer.decoder = SMOLLM2_WORDS, decoders.ByteLevel()
     trainer = trainers.BpeTrainer(vocab_size=8192, special_tokens=SPECIAL_TOKENS,
                                   show_progress=False, initial_alphabet=ByteLevel.alphabet())
-    backend.train_from_iterator(stand_in_text().splitlines(keepends=True), trainer)
-    end = SPECIAL_TOKENS[0]
-    return PreTrainedTokenizerFast(
-        tokenizer_object=backend, bos_token=end, eos_token=end, unk_token=end,
-        extra_special_tokens=SPECIAL_TOKENS, model_max_length=8192)
+    tokenizer.train_from_iterator(stand_in_text().splitlines(keepends=True), trainer)
+    folder.mkdir()
+    tokenizer.save(f"{folder}/tokenizer.json")
+    return folder
 
 
-def choose_tokenizer(wanted):
-    """The tokenizer in a folder or on the hub, and its name; for None, SmolLM2's or a stand-in."""
-    if wanted and os.path.exists(wanted):
-        return load_tokenizer(wanted), Path(wanted).resolve().name
-    name = wanted or TOKENIZER
-    try:  # (what cannot be a name on the hub is not asked of it)
-        return load_tokenizer(hub_folder(name)), name
-    except Exception as error:
-        if not wanted:
-            return stand_in_tokenizer(), "stand-in: byte-level BPE trained on pydoc_data.topics"
-        raise ValueError(f"--tokenizer {wanted}: no such folder, and the hub does not give it: "
-                         f"{first_line(error)}") from None
+def choose_tokenizer(name, new):
+    """(folder, name) of a tokenizer here or on the hub, or of a stand-in for TOKENIZER, in new."""
+    if os.path.exists(name):
+        return name, Path(name).resolve().name
+    try:
+        return hub_folder(name), name
+    except Exception:
+        if name != TOKENIZER:
+            raise
+    return stand_in_tokenizer(new), "stand-in: byte-level BPE trained on pydoc_data.topics"
 
 
 def prepare_tokenizer(args, source, folder):
     """Chooses the tokenizer and writes its files. Returns (tokenizer, facts for meta.json).
 
     Raises ValueError where it cannot be used, or would bring a stand-in in place of real data."""
-    tokenizer, name = choose_tokenizer(args.tokenizer)
+    from transformers import PreTrainedTokenizerFast
+    folder = folder / "tokenizer"
+    with explaining(f"--tokenizer {args.tokenizer}: cannot copy it from a folder or the hub"):
+        origin, name = choose_tokenizer(args.tokenizer, folder)
+        tokenizer, end = open_tokenizer(origin)
+        # AutoTokenizer goes by the class's name and so loses Digits (seen with transformers 5.23).
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(
+            origin, tokenizer_object=tokenizer, local_files_only=True)
+        tokenizer.eos_token_id = end
+        tokenizer.save_pretrained(folder)
     vocab_size = 1 + max(tokenizer.get_vocab().values())
     if vocab_size > 2**16:
-        raise ValueError(f"--tokenizer {name}: its {vocab_size:,} tokens do not fit uint16; "
-                         "choose one of at most 65,536")
+        raise ValueError(f"--tokenizer {name}: {vocab_size:,} tokens; at most 65,536 fit uint16")
     names = {"text": source, "tokenizer": name}
     stand_in = " and ".join(what for what in names if names[what].startswith("stand-in: "))
-    has_data = Path(args.out_dir, "meta.json").exists()
-    if stand_in and has_data and not Data(args.out_dir).meta["stand_in"]:
-        raise ValueError(f"--out_dir {args.out_dir}: its real data stay, since there is no real "
-                         f"{stand_in}; give one (--input, --tokenizer) or another folder")
     if stand_in:
-        log(f"*** STAND-IN DATA: the {stand_in} could not be fetched. Good for a try, not for "
-            "results.\n*** With a network, or --input FILE and --tokenizer FOLDER, prepare again: "
-            "it replaces this.")
-    try:
-        tokenizer.save_pretrained(folder / "tokenizer")
-    except Exception as error:  # a full disk, in the words of a library
-        raise OSError(f"the tokenizer cannot be written: {first_line(error)}") from None
+        log(f"*** STAND-IN DATA: the {stand_in} could not be fetched. For a try, not for results:\n"
+            "*** with a network, or --input FILE and --tokenizer FOLDER, prepare again.")
+    with suppress(FileNotFoundError):  # (nothing is prepared there yet)
+        if stand_in and not Data(args.out_dir).meta["stand_in"]:
+            raise ValueError(f"--out_dir {args.out_dir}: its real data stay; name another folder")
     backend = tokenizer.backend_tokenizer
     backend.encode_special_tokens = True  # "<|endoftext|>" in a text is text
     return backend, {"source": source, "tokenizer": name, "val_fraction": args.val_fraction,
-                     "stand_in": stand_in or None, "eos_token_id": tokenizer.eos_token_id,
-                     "vocab_size": vocab_size}
+                     "stand_in": stand_in or None, "eos_token_id": end, "vocab_size": vocab_size}
 
 
 # ---- ids ----
@@ -258,8 +230,7 @@ def cut(text, tokenizer):
     """A text in PIECES, if these surely have the ids of the whole; for other tokenizers uncut."""
     words = str(tokenizer.pre_tokenizer) in map(str, (GPT2_WORDS, SMOLLM2_WORDS))
     special = all(token.special for token in tokenizer.get_added_tokens_decoder().values())
-    is_sure = words and special and not tokenizer.normalizer
-    return PIECES.findall(text) if is_sure else [text]
+    return PIECES.findall(text) if words and special and not tokenizer.normalizer else [text]
 
 
 def encode(pieces, tokenizer):
@@ -268,7 +239,7 @@ def encode(pieces, tokenizer):
     for first in tqdm(range(0, len(pieces), BATCH), leave=False, delay=3):  # a bar after 3 seconds
         codes = tokenizer.encode_batch_fast(pieces[first:first + BATCH], add_special_tokens=False)
         codes = [code.ids for code in codes]
-        ids += [np.array(code, dtype="<u2") for code in codes]
+        ids += [np.array(code, "<u2") for code in codes]
         decoded += tokenizer.decode_batch(codes, skip_special_tokens=False)
     return ids, decoded
 
@@ -291,7 +262,7 @@ def fsync(path):
     os.close(handle)
 
 
-@contextlib.contextmanager
+@contextmanager
 def replacing(out_dir):
     """A folder to write in, which then takes the place of out_dir; after an error nothing did."""
     out_dir = Path(os.path.realpath(out_dir))  # of a link, what it leads to is replaced
@@ -301,14 +272,16 @@ def replacing(out_dir):
     work = out_dir.with_name(f".{out_dir.name}.part")
     new, old = work / "new", work / "old"
     lock = FileLock(work / "lock", timeout=0)
-    try:
+    with explaining(f"--out_dir {out_dir}: cannot write there, or another process does"):
         lock.acquire()  # makes the folder of the file, too
-    except Timeout:
-        raise ValueError(f"--out_dir {out_dir}: another process is writing there") from None
     try:
         if old.exists() and not out_dir.exists():  # killed between the two renames
-            os.rename(old, out_dir)
-        check_is_ours(out_dir)
+            old.rename(out_dir)
+        names = set(os.listdir(out_dir)) if out_dir.exists() else set()
+        if "meta.json" in names:  # (what prepare.py made may be replaced)
+            names -= {"train.bin", "val.bin", "meta.json", "tokenizer"}
+        if names:
+            raise ValueError(f"--out_dir {out_dir}: holds {min(names)}; name a new folder")
         for rest in (new, old):
             shutil.rmtree(rest, ignore_errors=True)
         new.mkdir()
@@ -316,42 +289,26 @@ def replacing(out_dir):
         for path in (*new.rglob("*"), new):
             fsync(path)
         if out_dir.exists():
-            os.rename(out_dir, old)
-        os.rename(new, out_dir)
+            out_dir.rename(old)
+        new.rename(out_dir)
         fsync(out_dir.parent)
     finally:
         if out_dir.exists() or not old.exists():  # else the next start puts the old data back
             shutil.rmtree(work, ignore_errors=True)  # while the lock in it is held
         lock.release()
         if is_parent_new:
-            with contextlib.suppress(OSError):
+            with suppress(OSError):
                 out_dir.parent.rmdir()  # after an error: if there is anything in it, it stays
-
-
-def check_is_ours(out_dir):
-    """Raises ValueError where out_dir holds anything that prepare.py did not make."""
-    names = set(os.listdir(out_dir)) if out_dir.exists() else set()
-    if "meta.json" in names:
-        names -= {"train.bin", "val.bin", "meta.json", "tokenizer"}
-    if names:
-        raise ValueError(f"--out_dir {out_dir}: holds {min(names)}, not made by prepare.py, and is "
-                         "left as it is; name another folder")
 
 
 # ---- the command line ----
 
-class Unbreakable:
-    """Standard output or error: what nobody can read any more is lost, and ends no work."""
-
-    def __init__(self, stream):
-        self.stream = stream or open(os.devnull, "w")
-
-    def __getattr__(self, name):
-        return getattr(self.stream, name)
+class Unbreakable(codecs.StreamWriter):  # (what it does not define is the stream's own)
+    """A standard stream: what nobody can read any more is lost, and ends no work."""
 
     def write(self, text):
         encoding = self.stream.encoding or "utf-8"
-        with contextlib.suppress(OSError, ValueError):  # a closed pipe, a full disk
+        with suppress(OSError, ValueError):  # a closed pipe, a full disk
             self.stream.write(text.encode(encoding, "backslashreplace").decode(encoding))
             self.stream.flush()
 
@@ -361,8 +318,9 @@ class Unbreakable:
 
 def protect_streams():
     """Nothing that is printed can end the work; no file of it takes a closed stream's number."""
-    sys.stdin = sys.stdin or open(os.devnull)
-    sys.stdout, sys.stderr = Unbreakable(sys.stdout), Unbreakable(sys.stderr)
+    for name in ("stdin", "stdout", "stderr"):
+        stream = getattr(sys, name) or open(os.devnull, "r+")
+        setattr(sys, name, Unbreakable(stream))
 
 
 def log(message):
@@ -379,7 +337,16 @@ def first_line(error):
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
-@contextlib.contextmanager
+@contextmanager
+def explaining(what):
+    """Whatever goes wrong within, in the words of any library, becomes a ValueError of one line."""
+    try:
+        yield
+    except Exception as error:
+        raise ValueError(f"{what}: {first_line(error)}") from error
+
+
+@contextmanager
 def command(program):
     """Turns an early end of the work within into one line on standard error and an exit code."""
     def stop(signum, frame):
@@ -405,14 +372,13 @@ def new_parser(program, description):
 def add_data_options(parser, out_dir):
     """What the command lines of prepare.py and tools.corpus share."""
     add = parser.add_argument
-    add("--tokenizer", type=typed_path,
-        help=f"a hub name, or a folder with tokenizer.json (default: {TOKENIZER})")
+    add("--tokenizer", type=typed_path, default=TOKENIZER,
+        help=f"a hub name, or a folder with tokenizer.json [{TOKENIZER}]")
     add("--out_dir", type=typed_path, default=out_dir,
-        help=f"prepared data in it are replaced, anything else is not (default: {out_dir})")
-    add("--val_fraction", type=number(float, 1e-6, 1 - 1e-6), default=0.1,
-        help="share held out (default: 0.1)")
+        help=f"prepared data in it are replaced, anything else is not [{out_dir}]")
+    add("--val_fraction", type=number(float, 1e-6, 1 - 1e-6), default=0.1, help="held out [0.1]")
     add("--allow_unrepresentable", action="store_true",
-        help="drop characters that the tokenizer has no token for (default: they are an error)")
+        help="drop characters that the tokenizer has no token for [they are an error]")
 
 
 def typed_path(text):
@@ -436,15 +402,12 @@ def parse_args(argv=None):
     """prepare.py's command line; more than one text is answered with the command for that."""
     parser = new_parser("prepare.py", __doc__)
     add_data_options(parser, DEFAULT_OUT_DIR)
-    parser.add_argument("--input", nargs="+", action="extend", type=typed_path, default=[""],
-                        metavar="FILE", help="one text in UTF-8 (default: Tiny Shakespeare)")
+    parser.add_argument("--input", type=typed_path, default=URL, metavar="FILE",
+                        help="one text in UTF-8 [Tiny Shakespeare]")
     args, odd = parser.parse_known_args(argv)
-    odd += args.input[2:]
-    args.input = args.input[-1]
-    if odd or os.path.isdir(args.input) or args.input.lower().endswith(CORPUS):
-        parser.error(
-            f"one text and the options in --help are taken, not {shlex.join(odd) or args.input}; "
-            f"for many documents: python -m tools.corpus {shlex.join(argv or sys.argv[1:])}")
+    if odd or os.path.isdir(args.input) or re.search(CORPUS, args.input):
+        parser.error(f"one text is taken, not {shlex.join(odd) or args.input} (see --help); many: "
+                     f"python -m tools.corpus {shlex.join(argv or sys.argv[1:])}")
     return args
 
 
@@ -459,9 +422,8 @@ def prepare(args):
             ids, decoded = np.concatenate(ids), "".join(decoded)
             check_decoded(f"{source} ({name} side)", side, decoded, args.allow_unrepresentable)
             if len(ids) < 2:
-                raise ValueError(f"{source} is too short: {len(ids)} tokens on the {name} side; "
-                                 "give more, or another --val_fraction")
-            (folder / FILES[name]).write_bytes(ids)
+                raise ValueError(f"{source}: only {len(ids)} tokens on the {name} side; give more")
+            (folder / f"{name}.bin").write_bytes(ids)
             facts |= {f"{name}_tokens": len(ids), f"{name}_characters": len(side),
                       f"{name}_bytes": len(side.encode())}
         write_meta(folder, facts)
@@ -472,10 +434,8 @@ def report(out_dir, facts):
     """Shows what was written, and what to do with it."""
     print(f"""\
 text        {facts['source']}
-tokenizer   {facts['tokenizer']}: {facts['vocab_size']:,} tokens
-to train    {facts['train_tokens']:,} tokens of {facts['train_characters']:,} characters
-held out    {facts['val_tokens']:,} tokens of {facts['val_characters']:,} characters
-written to  {out_dir}
+tokenizer   {facts['tokenizer']}
+tokens      {facts['train_tokens']:,} to train on, {facts['val_tokens']:,} held out
 next: python train.py config/smollm2.py --data_dir={shlex.quote(out_dir)}""")
 
 

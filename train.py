@@ -360,7 +360,7 @@ class Run:
         optimizers = {name: optimizer.state_dict() for name, optimizer in self.optimizers.items()}
         return {**asdict(self), "model": self.model.state_dict(), **optimizers,
                 "scaler": self.scaler.state_dict(), "config": asdict(self.config),
-                "data": self.data.fingerprint(), "machine": self.machine}
+                "data": self.data.fingerprint, "machine": self.machine}
 
     def load(self, state, is_data_typed):
         """Takes over a checkpoint's dict, but for what the config says of rates and decays.
@@ -507,7 +507,7 @@ def read_checkpoint(path, **kwargs):
     """The dict of a checkpoint, on the CPU. Raises ValueError where it is damaged or is none.
 
     weights_only: a file from a stranger can hold tensors and plain values, and runs no code."""
-    try:
+    with prepare.explaining(f"{path} is damaged, or no checkpoint of this train.py"):
         raw = np.memmap(path, np.uint8, "r")
         if raw[-TAIL:].tobytes() != digest(raw[:-TAIL]):
             raise ValueError("its sha256 does not fit")
@@ -520,9 +520,6 @@ def read_checkpoint(path, **kwargs):
         for name, kind in CONTENT.items():
             if type(found[name]) is not kind or kind is int and found[name] < 0:
                 raise TypeError(f"{name} = {found[name]!r:.60}")
-    except Exception as e:  # a stranger's file can be wrong in any way
-        raise ValueError(f"{path} is damaged, or no checkpoint of this train.py, and is refused: "
-                         f"{prepare.first_line(e)}") from e
     return state
 
 
@@ -822,7 +819,7 @@ def set_up(source, overrides, is_data_typed):
             run.load(state, is_data_typed)
     except Exception as e:  # a stranger's file can be wrong in any way
         fail(f"the checkpoint does not hold a run: {e!r}")
-    mine = (run.step, run.data.fingerprint(), asdict(config) | {"out_dir": "", "data_dir": ""})
+    mine = (run.step, run.data.fingerprint, asdict(config) | {"out_dir": "", "data_dir": ""})
     starts = of_all(mine)
     if starts != [mine] * WORLD_SIZE:
         fail(f"the processes are at steps {[step for step, *_ in starts]}, or their data or keys "

@@ -26,7 +26,7 @@ def real_data(tmp_path_factory):
     folder = tmp_path_factory.mktemp("real")
     try:
         (folder / "tokenizer").symlink_to(prepare.hub_folder(prepare.TOKENIZER))
-        text, source = prepare.choose_text("")
+        text, source = prepare.choose_text(prepare.URL)
         assert not source.startswith("stand-in"), source
     except Exception as e:
         pytest.skip(f"no SMOLLM2_TEST_DATA, and no download: {type(e).__name__}")
@@ -56,9 +56,7 @@ def tokenizer(data_dir):
 @pytest.fixture(scope="session")
 def stand_in(tmp_path_factory):
     """A tokenizer with SmolLM2's special tokens and pre-tokenizer, and a token for every byte."""
-    folder = tmp_path_factory.mktemp("tokenizer")
-    prepare.stand_in_tokenizer().save_pretrained(folder)
-    return folder
+    return prepare.stand_in_tokenizer(tmp_path_factory.mktemp("stand_in") / "tokenizer")
 
 
 @pytest.fixture(scope="session")

@@ -23,6 +23,7 @@ from pathlib import Path
 from unittest import SkipTest, mock
 
 import torch
+from transformers import PreTrainedTokenizerFast
 
 from tests.harness import (ROOT, RUN, Process, Result, descendants, expect, expect_end, flaw,
                            intact, last_step, lost_bits, make_data, proc, resume_here, run_main,
@@ -310,7 +311,7 @@ def strangers(row, folder):
     attack([0], train, f"--resume={out}", "--max_steps=6", "--sample_interval=1")
     argv = ["--input", folder / "data.txt", "--tokenizer", target, "--out_dir", folder / "new"]
     attack([0], prepare, *argv)
-    prepare.load_tokenizer(folder / "new" / "tokenizer").encode("fox")
+    PreTrainedTokenizerFast.from_pretrained(folder / "new" / "tokenizer").encode("fox")
     expect(not marker.exists(), "CODE WAS RUN")
 
 

@@ -14,7 +14,6 @@ import glob
 import gzip
 import hashlib
 import os
-import zlib
 from collections import Counter
 from itertools import chain, islice
 from pathlib import Path
@@ -83,10 +82,8 @@ def read_files(files, column):
 def read_text(file):
     content = Path(file).read_bytes()
     if file.lower().endswith(".gz"):
-        try:
+        with prepare.explaining(f"--input {file}: broken gzip"):
             content = gzip.decompress(content)
-        except (OSError, EOFError, zlib.error) as error:
-            raise ValueError(f"--input {file}: broken gzip: {error}") from None
     return prepare.decode_text(file, content)
 
 
@@ -99,10 +96,8 @@ def open_stream(shown, *args, **options):
                          "pip install -r tools/requirements.txt") from None
     datasets.disable_progress_bars()
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what it logs, it also raises
-    try:
+    with prepare.explaining(shown):  # the network, a wrong name, a broken file
         return datasets.load_dataset(*args, streaming=True, **options)
-    except Exception as error:  # the network, a wrong name, a broken file: it has many errors
-        raise ValueError(f"{shown}: {prepare.first_line(error)}") from None
 
 
 def read_records(stream, shown, column):
@@ -110,13 +105,10 @@ def read_records(stream, shown, column):
     number, records = 0, iter(stream)
     while True:
         number += 1
-        try:
-            record = next(records)
-        except StopIteration:
+        with prepare.explaining(f"{shown}: after record {number - 1}"):
+            record = next(records, None)
+        if record is None:
             return
-        except Exception as error:
-            message = f"{shown}: after record {number - 1}: {prepare.first_line(error)}"
-            raise ValueError(message) from None
         if column not in record:
             raise ValueError(f"--column {column}: not in {shown}, which has {', '.join(record)}")
         text = record[column]
@@ -210,10 +202,10 @@ def parse_args(argv):
                         metavar="PATH", help="files, folders, globs")
     source.add_argument("--dataset", type=prepare.typed_path, metavar="NAME[:CONFIG]",
                         help="a name on the hub")
-    parser.add_argument("--split", help="of the dataset (default: train)")
-    parser.add_argument("--column", default="text", help="field with the text (default: text)")
+    parser.add_argument("--split", help="of the dataset [train]")
+    parser.add_argument("--column", default="text", help="field with the text [text]")
     parser.add_argument("--max_tokens", type=prepare.number(int, 1), metavar="N",
-                        help="stop before the document that would pass N tokens (default: none)")
+                        help="stop before the document that would pass N tokens [none]")
     args = parser.parse_args(argv)
     if args.split and not args.dataset:
         parser.error("argument --split: goes with --dataset only")

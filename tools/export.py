@@ -215,12 +215,14 @@ def write_card(args, folder, state, parameters, title):
 def export(args):
     """Writes the folder. Raises ValueError where there is nothing to export, or OSError."""
     import torch
+    from transformers import PreTrainedTokenizerFast
 
     from sample import load
     model, tokenizer_folder, state = load(args.checkpoint)
     if not state:
         raise ValueError(f"{args.checkpoint} is no checkpoint of train.py")
-    tokenizer = prepare.load_tokenizer(tokenizer_folder)
+    with prepare.explaining(f"the tokenizer in {tokenizer_folder} does not load"):
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(tokenizer_folder, local_files_only=True)
     title = (args.push_to_hub or args.folder.resolve().name).split("/")[-1]
     ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
     tokenizer.model_max_length = model.config.max_position_embeddings
@@ -266,15 +268,12 @@ def main(argv=None):
         raise ValueError(f"cannot write {args.folder}: {e.strerror or e}") from None
     print(f"{args.folder} is written", file=sys.stderr)
     if args.push_to_hub:
-        try:
+        with prepare.explaining("the upload failed (logged in? hf auth login)"):
             from huggingface_hub import HfApi
             HfApi().create_repo(args.push_to_hub, private=args.private, exist_ok=True)
             where = HfApi().upload_folder(repo_id=args.push_to_hub, folder_path=args.folder,
                                           commit_message="Upload a model and its card")
             print(f"uploaded: {where}", file=sys.stderr)
-        except Exception as e:  # whatever the network or the hub has to say
-            problem = prepare.first_line(e)
-            raise ValueError(f"the upload failed: {problem} (logged in? hf auth login)") from None
 
 
 if __name__ == "__main__":
