@@ -182,7 +182,7 @@ class Attention(nn.Module):
         if cache and T == 1:
             y = cached_attention(q, *cache).to(x.dtype)
         else:
-            y = attention(q, k, v)
+            y = attention(q, k, v)  # (of a prompt: nothing is cached before it)
         return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
 
 

@@ -97,6 +97,7 @@ WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
 KEYS = TrainConfig.__dataclass_fields__
 FREE = RunControl.__dataclass_fields__.keys()
 SIZES = [name for name in SmolLM2Config.__dataclass_fields__ if name != "initializer_range"]
+fail = partial(prepare.fail, "train.py")  # code 1; 2 for what the user typed
 
 # ---------------------------------------------------------------------------- the order of the data
 
@@ -142,15 +143,15 @@ def get_batch(run):
 POLYNOMIALS = [(7.726, -20.47, 13.72), (3.516, -2.394, 0.4274), (2.657, -1.821, 0.3744)]
 
 
-def orthogonal(x):
-    """x (n, rows, columns) with all singular values brought near one.
+def orthogonal(x, dtype):
+    """x (n, rows, columns) with all singular values brought near one, by products in dtype.
 
     Each polynomial multiplies x by a factor made of gram = x x^T. For a long x the factors are
     multiplied first, and each gram is made of the one before: all these are (rows, rows). In bf16
     that serves three polynomials, not four: rounding grows with each."""
     if x.size(1) > x.size(2):
-        return orthogonal(x.mT).mT
-    x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
+        return orthogonal(x.mT, dtype).mT
+    x = (x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)).to(dtype)  # fp16 would lose small ones
     is_long, product = x.size(2) > 1.5 * x.size(1), None
     for a, b, c in POLYNOMIALS:
         gram = x @ x.mT if product is None else factor @ gram @ factor
@@ -184,7 +185,7 @@ class Muon(torch.optim.Optimizer):
                 state["momentum"] = torch.zeros_like(grad)
             momentum = state["momentum"].lerp_(grad, 0.05)
             update = momentum.lerp(grad, 0.05)  # Nesterov's: as if the next step's
-            update = orthogonal(update.to(self.dtype))
+            update = orthogonal(update, self.dtype)
             _, rows, columns = update.shape
             scale = max(1, rows / columns) ** 0.5  # rows to norm one, as the fewer columns have
             torch._foreach_mul_(params, 1 - lr * group["weight_decay"])
@@ -192,7 +193,7 @@ class Muon(torch.optim.Optimizer):
 
 
 def make_optimizers(model, config, dtype):
-    """The optimizers by their keys in a checkpoint; the rates given here are the highest."""
+    """The optimizers, named as in a checkpoint. The rate given to each is its highest, in train."""
     optimizers = {}
     matrices = [p for p in model.parameters() if p.dim() == 2]
     norms = [p for p in model.parameters() if p.dim() < 2]
@@ -390,8 +391,8 @@ class Run:
         if changed & {"train", "block_size"}:
             self.epoch += self.sequence > 0  # a place among other blocks: a new epoch begins
             self.sequence = 0
-        if changed & {"val", "eval_tokens"}:
-            self.best = None  # losses of other texts do not compare
+        if changed & {"val", "eval_tokens", "block_size"}:
+            self.best = None  # losses of other texts or windows do not compare
 
 
 # ------------------------------------------------------------------------------------- log and stop
@@ -426,7 +427,7 @@ def open_metrics(run):
     """Opens metrics.jsonl, an object a step; steps after run.step and what a kill tore are cut."""
     file = open(run.out / "metrics.jsonl", "a+b", buffering=0)
     size = file.seek(0)
-    for step in re.finditer(rb'{"step": (\d+),.*\n', file.read()):
+    for step in re.finditer(rb'.*"step": (\d+).*\n', file.read()):
         if int(step[1]) > run.step:
             break
         size = step.end()
@@ -609,11 +610,10 @@ def set_up_machine(config):
         fail(e, 2)
     on_gpu = device.type == "cuda"
     if on_gpu:
-        import triton
         torch.cuda.set_device(device)
         name = torch.cuda.get_device_name(device)
-        versions = {"cuda": torch.version.cuda, "triton": triton.__version__,
-                    "driver": collect_env.get_nvidia_driver_version(collect_env.run)}
+        driver = collect_env.get_nvidia_driver_version(collect_env.run)
+        versions = {"cuda": torch.version.cuda, "driver": driver}
     else:
         keep_freed_memory()
         name, versions = torch.backends.cpu.get_cpu_capability(), {}
@@ -633,6 +633,9 @@ def set_up_machine(config):
         torch.utils.deterministic.fill_uninitialized_memory = False
     problem = compiler_problem(device) if config.compile else "as asked"
     compiled = f"not compiled ({problem})" if problem else "compiled (up to a minute at first)"
+    if on_gpu and not problem:
+        import triton
+        versions["triton"] = triton.__version__
     machine = {"torch": str(torch.__version__), **versions, "device": f"{device.type} ({name})",
                "threads": torch.get_num_threads(), "processes": WORLD_SIZE,
                "dtype": str(dtype)[6:], "compile": problem is None}
@@ -642,9 +645,6 @@ def set_up_machine(config):
 
 
 # --------------------------------------------------------------------------------- the command line
-
-fail = partial(prepare.fail, "train.py")  # code 1; 2 for what the user typed
-
 
 def reader(f):
     """The function that makes a value for the config's field f of a text, as argparse wants it."""
@@ -749,8 +749,10 @@ def find_run(overrides, resume):
 def load_run(source, overrides):
     """(config, model, state): model has the weights of init_from, state is a checkpoint's dict;
     None where there is no such thing to begin from."""
-    out = overrides["out_dir"]
+    out, start = overrides["out_dir"], overrides.get("init_from")
     model, state, base, fixed = None, None, {}, []
+    if start and Path(start).is_dir():  # elsewhere its name could be one of the hub's
+        overrides["init_from"] = os.path.abspath(start)
     if source:
         try:
             source, state = load_checkpoint(source)
@@ -761,14 +763,13 @@ def load_run(source, overrides):
     elif checkpoints(out):
         fail(f"{out} holds a run: continue it by --resume, choose another --out_dir, or delete it: "
              f"rm -r -- {shlex.quote(out)}", 2)
-    elif source := overrides.get("init_from"):
+    elif start:
+        source = start
         try:
             model = from_pretrained(source)
         except ValueError as e:
             fail(f"init_from: {e}")
         base, fixed = asdict(model.config), SIZES
-        if Path(source).is_dir():  # elsewhere its name could be one of the hub's
-            overrides["init_from"] = os.path.abspath(source)
     for name in fixed:
         if overrides.get(name, base[name]) != base[name]:
             fail(f"{source} has {name} = {base[name]}, not {overrides[name]}: leave it out, or "

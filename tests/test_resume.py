@@ -235,6 +235,7 @@ def test_tokens_and_the_place_in_the_data_stay_true_when_sizes_change(run, start
     result = resume_here("out", max_steps=14, batch_size=4, block_size=32)
     assert result.code == 0 and "block_size 64 → 32" in result.out
     assert starts[29:] == list(train.epoch_order(1337, 2, n, 32)[:4])  # it begins an epoch anew
+    assert not train.load_checkpoint("out")[1]["best"]  # which was of longer windows
 
 
 def test_a_run_goes_on_in_another_place_with_its_data_in_another(finished, data):

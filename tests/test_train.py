@@ -219,12 +219,12 @@ def test_weight_decay_is_on_matrices_only_and_the_optimizer_has_every_parameter(
 @pytest.mark.parametrize("columns", [64, 160])  # the two ways of orthogonal
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_muon_brings_singular_values_near_one_and_none_far_beyond(dtype, columns):
-    """Also those of a matrix of rank one, whose value rounding can lift above one."""
+    """Of small gradients, too, and of rank one, whose value rounding can lift above one."""
     torch.manual_seed(0)
     u, _, vt = torch.linalg.svd(torch.randn(300, 64, columns), full_matrices=False)
     spread = torch.logspace(0, -1.5, 64)
     for values in (spread, torch.zeros(64).index_fill_(0, torch.tensor([0]), 1.0)):
-        found = torch.linalg.svdvals(train.orthogonal((u * values @ vt).to(dtype)).float())
+        found = torch.linalg.svdvals(train.orthogonal(1e-6 * u * values @ vt, dtype).float())
         assert found.max() < 1.4 and found[:, 0].min() > 0.6
         if values is spread:
             assert found.min() > 0.4
@@ -312,6 +312,9 @@ def test_data_weights_and_disks_that_do_not_fit_are_refused_before_a_step(tiny, 
     refused(tiny(data_dir="short"), "16", "block_size", "17", code=1)
     save_pretrained(train.SmolLM2(CONFIG), Path("hf"), torch.float32)
     refused(tiny(init_from="hf", hidden_size=64), "hidden_size", 64, 32, code=1)
+    for steps in (1, 2):
+        done = tiny("--resume=auto", init_from="hf", max_steps=steps, out_dir="fitting")
+        assert done.code == 0 and "same run" not in done.out
     for nowhere in ("none/such", "./such"):
         refused(tiny(init_from=nowhere), "init_from", nowhere, code=1)
     usage = shutil.disk_usage(".")._replace(free=300_000)
