@@ -44,9 +44,8 @@ def main():
     wanted, first, last = [*sys.argv[1:], *["", 0, 999][len(sys.argv) - 1:]]
     missed = []
     for row, test in listed(wanted)[int(first):int(last)]:
-        if is_caught(row, test):
-            print(row, flush=True)
-        else:
+        print(row, flush=True)
+        if not is_caught(row, test):
             missed.append(row)
     sys.exit("not caught: " + "; ".join(missed) if missed else 0)
 

@@ -284,8 +284,7 @@ def make_tokenizer(folder):
     from tokenizers import ByteLevelBPETokenizer
     tokenizer = ByteLevelBPETokenizer()
     tokenizer.train_from_iterator([], vocab_size=257, special_tokens=[END], show_progress=False)
-    folder.mkdir(exist_ok=True)
-    tokenizer.save(str(folder / "tokenizer.json"))
+    write(folder / "tokenizer.json", tokenizer.to_str(pretty=True))
     return folder
 
 
@@ -300,9 +299,8 @@ def make_data(folder, start=0):
 def write_data(folder, train_ids, vocab_size=49152):
     """A prepared folder of given ids, without a tokenizer."""
     folder = Path(folder)
-    folder.mkdir(parents=True)
     for side, ids in (("train", train_ids), ("val", range(100))):
-        np.asarray(list(ids), dtype="<u2").tofile(folder / f"{side}.bin")
+        write(folder / f"{side}.bin", np.asarray(list(ids), dtype="<u2").tobytes())
     prepare.write_meta(folder, {"source": "test", "vocab_size": vocab_size, "val_bytes": 100,
                                 "val_tokens": 100, "stand_in": None})
     return folder
