@@ -8,7 +8,7 @@ import pytest
 
 import train
 from tests.harness import (ROOT, Process, descendants, differences, expect, free_port, intact,
-                           keys_of_run, last_step, lost_bits, metrics, proc, train_here)
+                           keys_of_run, last_step, lost_bits, metrics, proc, train_here, write)
 
 STEPS = 40  # of a RUN
 
@@ -128,13 +128,12 @@ def test_sigterm_to_torchrun_saves_and_two_nodes_go_on(data, undisturbed):
 
 
 LATE = """\
-import os, sys, time
-import torch
-import torch.distributed as dist
+import os, time
+from torch import device, distributed as dist
 import train
 time.sleep(3 * (os.environ["RANK"] == "0"))
 train.set_up_machine(train.TrainConfig(device="cpu", compile=False))
-backend = dist.group.WORLD._get_backend(torch.device("cpu"))
+backend = dist.group.WORLD._get_backend(device("cpu"))
 print(dist.distributed_c10d._get_default_store().timeout, backend.options._timeout, flush=True)
 dist.barrier()
 os._exit(0)
@@ -142,14 +141,11 @@ os._exit(0)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("with_torchrun", [False, True])
-def test_the_others_wait_for_a_first_process_that_is_late(with_torchrun):
+@pytest.mark.parametrize("start", [processes, torchrun])
+def test_the_others_wait_for_a_first_process_that_is_late(start):
     """It may be preparing the data. NCCL asks the store itself, by the store's own timeout."""
-    script = Path("late.py")
-    script.write_text(LATE)
-    start = torchrun if with_torchrun else processes
-    with start([], script=script) as started:
-        started = [started] if with_torchrun else started
+    with start([], script=write("late.py", LATE)) as started:
+        started = [started] if start is torchrun else started
         expect(all(p.end(60).code == 0 for p in started), *(p.text for p in started))
         text = "".join(p.text for p in started)
         assert text.count("0:30:00 0:30:00") == 2, text
@@ -158,17 +154,14 @@ def test_the_others_wait_for_a_first_process_that_is_late(with_torchrun):
 @pytest.mark.parametrize("second, argv, word", [
     ("first", ["--batch_size=3"], "batch_size = 3"), ("no data", [], "no prepared data"),
     ("no checkpoints", [], "steps [2, 0]")])
-def test_where_one_process_cannot_start_all_end(second, argv, word, data, tmp_path):
-    """Nobody waits for it, and nothing is trained."""
-    first, second = tmp_path / "first", tmp_path / second
-    first.mkdir()
-    (first / "data").symlink_to(data)
-    if second.name == "no checkpoints":
-        assert train_here(data, first / "out", "--max_steps=2").code == 0
-        second.mkdir()
-        (second / "data").symlink_to(data)
-    before = intact(first / "out")
-    with processes(keys_of_run("data", "out", *argv), [first, second]) as both:
+def test_where_one_process_cannot_start_all_end(second, argv, word, data):
+    for folder in {"first", second} - {"no data"}:
+        Path(folder).mkdir()
+        Path(folder, "data").symlink_to(data)
+    if second == "no checkpoints":
+        assert train_here(data, "first/out", "--max_steps=2").code == 0
+    before = intact("first/out")
+    with processes(keys_of_run("data", "out", *argv), ["first", second]) as both:
         codes, texts = [p.end(60).code for p in both], [p.text for p in both]
         assert all(codes) and any(word in text for text in texts), texts
-    assert intact(first / "out") == before and not intact(second / "out")
+    assert intact("first/out") == before and not intact(f"{second}/out")

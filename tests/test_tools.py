@@ -14,7 +14,8 @@ import torch
 
 import sample
 import train
-from tests.harness import ROOT, TINY, Process, expect_end, free_port, metrics, refused, run_main
+from tests.harness import (ROOT, TINY, Process, expect_end, free_port, metrics, refused, run_main,
+                           write)
 from tools import bench, demo, export, plot, space, tensorboard
 
 HARD_TEXTS = [
@@ -116,9 +117,7 @@ def test_the_card_tells_the_run_and_no_folder(run_dir, exported, data_dir):
 
 
 def test_a_card_without_its_data_or_metrics(run_dir, monkeypatch):
-    shutil.copytree(run_dir, "out")
-    for name in ("metrics.jsonl", "run.json"):
-        os.remove(f"out/{name}")
+    shutil.copytree(run_dir, "out", ignore=shutil.ignore_patterns("metrics.jsonl", "run.json"))
     book = {"source": "/home/me/secret/book.txt", "stand_in": "text", "train_tokens": 9,
             "val_tokens": 9, "val_bytes": 9}
     stories = {**book, "source": "me/stories:small, split train"}
@@ -131,8 +130,7 @@ def test_a_card_without_its_data_or_metrics(run_dir, monkeypatch):
 
 
 def test_an_export_leaves_other_files_alone(run_dir):
-    os.mkdir("mine")
-    Path("mine/precious").touch()
+    write("mine/precious", "")
     assert run_main(export.main, run_dir, "mine", "--overwrite").code == 0
     assert os.path.exists("mine/precious")
     weights, config = (os.stat(f"mine/{name}") for name in ("model.safetensors", "config.json"))
@@ -161,9 +159,7 @@ def test_push_to_hub_uploads_the_folder(run_dir, monkeypatch):
 def test_plot_draws_png_and_svg_of_runs_that_go_on(run_dir):
     pytest.importorskip("matplotlib")
     from PIL import Image
-    os.mkdir("other")
-    text = (run_dir / "metrics.jsonl").read_text()
-    Path("other/metrics.jsonl").write_text(text + '{"step": 13, "lo')
+    write("other/metrics.jsonl", (run_dir / "metrics.jsonl").read_text() + '{"step": 13, "lo')
     assert run_main(plot.main, run_dir).code == 0
     assert run_main(plot.main, run_dir, "other", x="time", output="time.svg").code == 0
     assert "<svg" in Path("time.svg").read_text(encoding="utf-8")[:1000]
@@ -172,7 +168,6 @@ def test_plot_draws_png_and_svg_of_runs_that_go_on(run_dir):
 
 
 def test_a_plot_says_what_it_shows_from_the_first_step_on(run_dir, monkeypatch):
-    """One point is a marker, steps are whole, the legend names both losses."""
     Figure = pytest.importorskip("matplotlib.figure").Figure
     figures, rows = [], plot.read_metrics(run_dir)
     monkeypatch.setattr(Figure, "savefig", lambda self, to, **_: figures.append(self) or to.touch())
@@ -206,8 +201,7 @@ def test_the_benchmark_tells_whether_runs_have_the_same_bits(data_dir, monkeypat
     keys = ["exact", "--recipe=r.py", f"--data_dir={data_dir}", "--output=report.json"]
     done = run_main(bench.main, *keys)
     assert done.code == 0 and done.out.count("the same bits") == 2, done
-    report = json.loads(Path("report.json").read_text())
-    assert report["exact"] == {"second": True, "resumed": True}
+    assert json.loads(Path("report.json").read_text())["exact"] == {"second": True, "resumed": True}
     monkeypatch.setattr(torch, "equal", lambda a, b: False)
     assert run_main(bench.main, *keys).out.count("OTHER BITS") == 2
 
@@ -277,12 +271,11 @@ def test_a_space_starts_from_its_folder_and_programs_call_generate(run_dir, tmp_
     with Process(["app.py"], folder, GRADIO_SERVER_PORT=port, PYTHONPATH="") as process:
         process.until(lambda: "open http" in process.text)
         client = Client(f"http://127.0.0.1:{port}", verbose=False)
-        text = client.predict(checkpoint=file, prompt="To be", length=20, temperature=0,
-                              api_name="/generate")
+        asked = {"prompt": "To be", "temperature": 0}
+        text = client.predict(checkpoint=file, length=20, api_name="/generate", **asked)
         with pytest.raises(Exception, match="no x"):
             client.predict(checkpoint="x", prompt="", api_name="/generate")
-    done = run_main(sample.main, checkpoint=run_dir, prompt="To be", max_new_tokens=20,
-                    temperature=0)
+    done = run_main(sample.main, checkpoint=run_dir, max_new_tokens=20, **asked)
     assert f"To be{text}\n" == done.out
 
 
@@ -343,5 +336,4 @@ def test_demo_in_a_browser(run_dir):
         page.get_by_text("Length: must be from 1 to 2,000").wait_for()
         playwright.expect(lines).to_have_count(0)  # no figures of the run before
         assert not stop.is_visible()
-        own = (demo_url, "data:", "blob:")
-        assert all(url.startswith(own) for url in asked), asked
+        assert all(url.startswith((demo_url, "data:", "blob:")) for url in asked), asked
