@@ -53,7 +53,6 @@ def encode_whole(folder, text):
 
 def test_the_real_text_has_the_golden_ids_and_nanogpts_cut(real_data, data_dir, tokenizer):
     data, text = prepare.Data(data_dir), (real_data / "input.txt").read_text()
-    assert len(data.train) == 305_111
     golden = "1895d231cbeb99f9f1323205e5a2da9471553a0960d16d5a3a685d9dac4e4729"  # of the real ids
     assert hashlib.sha256(data.train.tobytes() + data.val.tobytes()).hexdigest() == golden
     assert texts_of(data_dir) == [text[:1_003_854], text[1_003_854:]]  # int(0.9 * len(text))
@@ -67,12 +66,11 @@ def test_the_real_text_has_the_golden_ids_and_nanogpts_cut(real_data, data_dir, 
 
 
 def test_default_text_comes_from_its_address_tokenizer_from_cache(real_data, data_dir, monkeypatch):
-    from huggingface_hub import constants
     content = (real_data / "input.txt").read_bytes()
     model = Path("hub", "models--HuggingFaceTB--SmolLM2-135M")
     revision = prepare.TOKENIZER.partition("@")[2]
     shutil.copytree(real_data / "tokenizer", model / "snapshots" / revision)
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(Path("hub").absolute()))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(Path("hub").absolute()))
     monkeypatch.setattr("urllib.request.urlopen", lambda url, timeout: io.BytesIO(content))
     done = run_main(prepare.main)
     assert done.code == 0 and "STAND-IN" not in done.err and "305,111" in done.out
@@ -87,19 +85,16 @@ def test_every_byte_is_kept_but_the_byte_order_mark(run, fixture, below, request
     monkeypatch.setattr(prepare, "PIECES", re.compile(pattern, re.DOTALL))
     monkeypatch.setattr(prepare, "BATCH", 70)
     backend, _ = prepare.open_tokenizer(folder)
-    atoms = [
-        " ", " ", "\n", "\n\n", "\r\n", "\t", "  ", "\u00a0", "\u2028", "\x1c", "\x85", "'", "'s",
-        "'ll", "'LL", "\u2019s", "a", "don't", "Word", "\u00e9", "e\u0301", "\u00df", "1", "42",
-        "3.14", "\u00bd", "\u0663", "\u216b", "\u4e00\u4e8c", "\u3002", "\uff0c", "!", "...", "_",
-        "-", "<|endoftext|>", "<|im_start|>", "<repo_name>", "\U0001f600",
-        "\U0001f468\u200d\U0001f469", "\x00", "\x7f", "\ufeff", "\ufffd"]
+    atoms = [" ", " ", "\n", "\n\n", "\r\n", "\t", "  ", "\u00a0", "\u2028", "\x1c", "\x85"]
+    atoms += """' 's 'll 'LL \u2019s a don't Word \u00e9 e\u0301 \u00df 1 42 3.14 \u00bd \u0663
+        \u216b \u4e00\u4e8c \u3002 \uff0c ! ... _ - <|endoftext|> <|im_start|> <repo_name>
+        \U0001f600 \U0001f468\u200d\U0001f469 \x00 \x7f \ufeff \ufffd""".split()
     atoms = [*atoms * 9, *["some longer words, too "] * 9, *map(chr, range(256))]
     if below:  # the real one has no tokens for 21 bytes
         atoms = [a for a in atoms if backend.decode(backend.encode(a).ids, False) == a]
     text = "".join(random.Random(1).choices(atoms, k=50_000))
     assert len(prepare.cut(text, backend)) > 5_000
-    write("text.txt", "\ufeff" + text)
-    assert run(input="text.txt", val_fraction=0.3, tokenizer=folder).code == 0
+    assert run(input=write("a.txt", "\ufeff" + text), val_fraction=0.3, tokenizer=folder).code == 0
     data, end = prepare.Data("data/shakespeare"), int(0.7 * len(text))
     sides = [text[:end], text[end:]]
     ids = [encode_whole(folder, side) for side in sides]
@@ -116,8 +111,7 @@ def test_a_tokenizer_of_another_kind_encodes_texts_uncut(run, monkeypatch):
     backend.decoder = decoders.Metaspace()
     trainer = trainers.BpeTrainer(vocab_size=200, special_tokens=["</s>"], show_progress=False)
     backend.train_from_iterator([PROSE], trainer)
-    Path("other").mkdir()
-    backend.save("other/tokenizer.json")
+    write("other/tokenizer.json", backend.to_str())
     pattern = prepare.PIECES.pattern.replace("4096", "64")
     monkeypatch.setattr(prepare, "PIECES", re.compile(pattern, re.DOTALL))
     assert run("--input", write("text.txt", PROSE), "--tokenizer", "other").code == 0
@@ -160,8 +154,7 @@ def test_without_a_network_the_stand_in_is_made_announced_and_the_same_each_time
 
 
 def test_an_error_page_is_no_data_and_a_stand_in_never_replaces_real_data(run, monkeypatch):
-    page = b"<html>404</html>"
-    monkeypatch.setattr("urllib.request.urlopen", lambda url, timeout: io.BytesIO(page))
+    monkeypatch.setattr("urllib.request.urlopen", lambda url, timeout: io.BytesIO(b"<html>404"))
     done = run()
     assert done.code == 0 and "STAND-IN" in done.err and "html" not in texts_of()[0][:100]
     assert prepare.Data("data/shakespeare").meta["stand_in"] == "text"
@@ -232,7 +225,6 @@ def test_a_full_disk_costs_one_line_and_no_data(prepared, stand_in, size):
 
 
 def test_a_second_one_on_the_same_folder_is_refused(run):
-    Path("data").mkdir()
     with FileLock("data/.shakespeare.part/lock"):
         refused(run("--input", write("good.txt", PROSE)), "another process", code=1)
         assert os.listdir("data/.shakespeare.part") == ["lock"]
@@ -264,10 +256,9 @@ def test_killed_at_any_instant_it_leaves_old_data_or_new(run, module, name, call
     assert run("--input", write("good.txt", PROSE), "--out_dir", "d").code == 0
     pid = os.fork()
     if not pid:
-        calls, real = iter(range(1, 10**6)), getattr(module, name)
-        kill = partial(os.kill, os.getpid(), signal.SIGKILL)
-        setattr(module, name, lambda *args, **kwargs: kill() if next(calls) == call
-                else real(*args, **kwargs))
+        calls = [getattr(module, name)] * call
+        calls[-1] = lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL)
+        setattr(module, name, lambda *args, **kwargs: calls.pop(0)(*args, **kwargs))
         signal.alarm(60)
         try:
             run(*argv)
@@ -317,14 +308,14 @@ def test_documents_are_held_out_whole_and_none_moves_when_more_are_added(many):
         found, meta = written(), prepare.Data("data/corpus").meta
         assert sorted(found[0] + found[1]) == sorted(documents(n))
         assert 0.03 * n < len(found[1]) < 0.2 * n
+        assert meta["source"] == "docs.jsonl"
         for side, texts in zip(("train", "val"), found):
             size = sum(map(len, texts))
             assert meta[f"{side}_bytes"] == meta[f"{side}_characters"] == size
             assert meta[f"{side}_documents"] == len(texts)
-        assert meta["source"] == "docs.jsonl"
-        for side, texts in enumerate(found):
             assert all(sides.setdefault(text, side) == side for text in texts)
-    assert [i for i, text in enumerate(documents(30)) if sides[text]] == [2, 13, 15]  # for ever
+    held_out = [i for i, text in enumerate(documents(30)) if sides[text] == "val"]
+    assert held_out == [2, 13, 15]  # for ever
 
 
 def test_every_kind_of_file_is_read_and_each_file_counts_once(many):
@@ -342,9 +333,8 @@ def test_every_kind_of_file_is_read_and_each_file_counts_once(many):
     write("more/c.json", json.dumps([{"text": text, "n": 1} for text in texts[50:60]]))
     parquet("more/d.parquet", [*texts[60:], None])
     assert many("--input", "notes", "more/", "--input", "odd/*", "notes/0.md").code == 0
-    train, val = written()
     expected = [text + "\r\n\ttext" for text in texts[:10]] + texts[10:] + ["zipped " * 9]
-    assert sorted(train + val) == sorted(expected)
+    assert sorted(sum(written(), [])) == sorted(expected)
     meta = Path("data/corpus/meta.json").read_text()
     assert "notes" not in meta and str(Path.cwd()) not in meta
 
