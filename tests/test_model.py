@@ -5,13 +5,13 @@ import re
 from dataclasses import asdict
 from unittest.mock import Mock, patch
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import model as M
+import prepare
 import train
 from model import LinearCrossEntropy, SmolLM2, SmolLM2Config, generate, sample_token
 from tools.bench import flops_per_token
@@ -32,12 +32,10 @@ def some_ids(B, T, vocab_size=211, seed=0):
 
 
 def transformers_twin(ours):
-    """transformers' model with the same weights."""
     sizes = asdict(ours.config)
     rope = {"rope_type": "default", "rope_theta": sizes.pop("rope_theta")}
-    config = LlamaConfig(**sizes, rope_parameters=rope, tie_word_embeddings=True,
-                         attention_bias=False, mlp_bias=False, attn_implementation="eager")
-    theirs = LlamaForCausalLM(config)
+    theirs = LlamaForCausalLM(LlamaConfig(
+        **sizes, rope_parameters=rope, tie_word_embeddings=True, attn_implementation="eager"))
     theirs.load_state_dict(ours.state_dict(), assign=ours.lm_head.weight.is_meta)
     return theirs
 
@@ -49,10 +47,9 @@ def full_size():
 
 
 def assert_same_gradients(model, expected):
-    expected = dict(expected.named_parameters())
-    assert len(expected) == len(list(model.parameters()))
+    assert len(list(expected.parameters())) == len(list(model.parameters()))
     for name, p in model.named_parameters():
-        wanted = expected[name].grad
+        wanted = expected.get_parameter(name).grad
         assert (p.grad - wanted).norm() <= 1e-4 * wanted.norm(), name
 
 
@@ -70,8 +67,7 @@ def test_it_has_134_515_008_parameters_with_the_names_and_shapes_of_transformers
     found, wanted = ours.state_dict(), theirs.state_dict()
     assert {k: v.shape for k, v in found.items()} == {k: v.shape for k, v in wanted.items()}
     assert ours.lm_head.weight is ours.model.embed_tokens.weight
-    scores = 30 * 9 * 64 * 256
-    assert flops_per_token(ours, 256) == 6 * 134_515_008 + 6 * scores
+    assert flops_per_token(ours, 256) == 6 * 134_515_008 + 6 * 30 * 9 * 64 * 256  # the scores
     rows = re.findall(r"^(\w+) +([\d,]+) +[\d.]+%$", capsys.readouterr().out, re.M)
     counts = {name: int(n.replace(",", "")) for name, n in rows}
     assert counts.pop("total") == sum(counts.values()) == 134_515_008
@@ -81,12 +77,10 @@ def test_it_has_134_515_008_parameters_with_the_names_and_shapes_of_transformers
 def test_the_first_weights_and_the_first_loss(full_size, data_dir):
     for name, p in full_size.named_parameters():
         if p.dim() == 2:
-            assert p.std().item() == pytest.approx(1 / 24, rel=0.01), name
-            assert abs(p.mean().item()) < 0.001, name
+            assert p.std().item() == pytest.approx(1 / 24, rel=0.01) and abs(p.mean()) < 0.001, name
         else:
             assert torch.equal(p, torch.ones_like(p)), name
-    ids = np.fromfile(data_dir / "train.bin", dtype="<u2")[:4 * 257].astype(np.int64)
-    ids = torch.from_numpy(ids).view(4, 257)
+    ids = torch.tensor(prepare.Data(data_dir).train[:4 * 257].tolist()).view(4, 257)
     with torch.no_grad():
         _, loss = full_size(ids[:, :-1], ids[:, 1:])
     assert loss.item() == pytest.approx(11.3, abs=0.12)
@@ -379,10 +373,8 @@ def test_bf16_is_picked_where_the_machine_has_it_and_each_process_has_its_own_gp
 def test_a_compiler_that_does_not_work_is_a_reason_in_one_line_and_no_error(monkeypatch):
     cpu, error = torch.device("cpu"), RuntimeError("no\ncompiler " + "x" * 500)
     monkeypatch.setattr(torch, "compile", Mock(side_effect=error))
-    M.compiler_problem.cache_clear()
-    problem = M.compiler_problem(cpu)
-    M.compiler_problem.cache_clear()  # before it is asked in earnest
-    assert problem == "RuntimeError: no compiler [...]"
+    assert M.compiler_problem.__wrapped__(cpu) == "RuntimeError: no compiler [...]"
+    M.compiler_problem.cache_clear()  # the next one who asks sets the compiler up again
     monkeypatch.setattr(M, "compiler_problem", lambda device: "none")
     assert not M.worth_compiling(cpu, 5000)
     monkeypatch.setattr(M, "compiler_problem", lambda device: None)
