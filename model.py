@@ -74,7 +74,7 @@ def linears(x, *layers):
         return [layer(x) for layer in layers]
     # One product. Compiled, torch.cat is fused with autocast's cast of the weights: it is free.
     weight = torch.cat([layer.weight for layer in layers])
-    return F.linear(x, weight).split([len(layer.weight) for layer in layers], dim=-1)
+    return F.linear(x, weight).split([len(layer.weight) for layer in layers], -1)
 
 
 class RMSNorm(nn.RMSNorm):
@@ -98,7 +98,7 @@ def rotary_table(T, config, device):
     exponents = torch.arange(0.0, config.head_dim, 2, device=device) / config.head_dim
     positions = torch.arange(0.0, T, device=device)
     angles = torch.outer(positions, 1.0 / config.rope_theta**exponents)  # (T, D / 2)
-    return torch.cat((angles, angles), dim=-1).cos(), torch.cat((-angles, angles), dim=-1).sin()
+    return torch.cat((angles, angles), -1).cos(), torch.cat((-angles, angles), -1).sin()
 
 
 def apply_rotary(x, cos, sin):

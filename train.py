@@ -286,8 +286,8 @@ def evaluate(run):
 def train(run, signals):
     """From run.step to max_steps, or to the end of the step in which a signal came."""
     config, is_over = run.config, False
-    shape = "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt}, {remaining} left{postfix}"
-    bar = tqdm(total=config.max_steps, initial=run.step, dynamic_ncols=True, bar_format=shape,
+    bar = tqdm(total=config.max_steps, initial=run.step, dynamic_ncols=True,
+               bar_format="{percentage:3.0f}%|{bar}| {n}/{total}, {remaining} left{postfix}",
                disable=RANK > 0 or None)  # None: where there is no terminal
     while not is_over:
         began = time.perf_counter()
@@ -612,8 +612,8 @@ def set_up_machine(config):
     if on_gpu:
         torch.cuda.set_device(device)
         name = torch.cuda.get_device_name(device)
-        driver = collect_env.get_nvidia_driver_version(collect_env.run)
-        versions = {"cuda": torch.version.cuda, "driver": driver}
+        versions = {"cuda": torch.version.cuda,
+                    "driver": collect_env.get_nvidia_driver_version(collect_env.run)}
     else:
         keep_freed_memory()
         name, versions = torch.backends.cpu.get_cpu_capability(), {}
@@ -632,8 +632,10 @@ def set_up_machine(config):
         # Nothing here reads memory that it did not write: filling it would only cost time.
         torch.utils.deterministic.fill_uninitialized_memory = False
     problem = compiler_problem(device) if config.compile else "as asked"
-    compiled = f"not compiled ({problem})" if problem else "compiled (up to a minute at first)"
-    if on_gpu and not problem:
+    compiled = "compiled (up to a minute at first)"
+    if problem:
+        compiled = f"not compiled ({problem})"
+    elif on_gpu:
         import triton
         versions["triton"] = triton.__version__
     machine = {"torch": str(torch.__version__), **versions, "device": f"{device.type} ({name})",
@@ -763,8 +765,7 @@ def load_run(source, overrides):
     elif checkpoints(out):
         fail(f"{out} holds a run: continue it by --resume, choose another --out_dir, or delete it: "
              f"rm -r -- {shlex.quote(out)}", 2)
-    elif start:
-        source = start
+    elif source := start:
         try:
             model = from_pretrained(source)
         except ValueError as e:

@@ -67,8 +67,7 @@ def test_the_learning_rate_warms_up_follows_a_cosine_and_stays_at_the_minimum():
     cosine = [0.55 + 0.45 * math.cos(math.pi * i / 100) for i in range(100)]
     assert rates[10:] == pytest.approx(cosine + [0.1] * 90)
     wsd = replace(config, lr_schedule="wsd")
-    decay = [1.0 - 0.9 * i / 22 for i in range(22)]
-    expected = rates[:10] + [1.0] * 78 + decay + [0.1] * 90
+    expected = rates[:10] + [1.0] * 78 + [1.0 - 0.9 * i / 22 for i in range(22)] + [0.1] * 90
     assert [lr_factor(wsd, step) for step in range(200)] == pytest.approx(expected)
     for steps, warmup in ((1, 100), (99, 100), (5, 0)):  # a warm-up is never longer than the run
         config = replace(config, warmup_steps=warmup, lr_decay_steps=steps)
@@ -83,8 +82,7 @@ def test_an_epoch_has_every_block_once(n):
     for epoch in range(20):
         starts = sorted(epoch_order(1, epoch, n, 16))
         assert len(starts) == train.blocks_per_epoch(n, 16) >= max(1, n // 16 - 1)
-        assert set(np.diff(starts)) <= {16}
-        assert starts[0] >= 0 and starts[-1] + 17 <= n  # 16 inputs and the target of the last
+        assert set(np.diff(starts)) <= {16} and 0 <= starts[0] and starts[-1] + 17 <= n  # + target
 
 
 def test_the_order_and_the_cuts_change_from_epoch_to_epoch_and_reach_everything():
