@@ -81,7 +81,8 @@ def stream(is_on, name, prompt, stops, seed, length, temperature, top_k, top_p):
             seconds += time.perf_counter() - began
         text += "".join(new)
         tokens = min(tokens + len(new), int(length))  # (the end has a piece, and no token)
-        line = f"{tokens} tokens, {tokens / seconds:,.0f} per second"
+        unit = "token" if tokens == 1 else "tokens"
+        line = f"{tokens} {unit}, {tokens / seconds:,.0f} per second"
         yield text, line, True
         count = 1 + int(tokens / seconds / 25)  # 25 times a second is as often as an eye can see
     yield text, f"{'stopped at' if new else 'done:'} {line}", False
