@@ -14,6 +14,7 @@ import torch
 
 import sample
 import train
+from model import MLP
 from tests.harness import (ROOT, TINY, Process, expect_end, free_port, metrics, refused, run_main,
                            write)
 from tools import bench, demo, export, plot, space, tensorboard
@@ -53,6 +54,12 @@ def test_transformers_gives_an_export_the_same_logits(run_dir, tokenizer, dtype,
     assert theirs.generation_config.eos_token_id == tokenizer.eos_token_id
     config = json.loads(Path("exported/config.json").read_text())
     assert config.keys() & train.KEYS.keys() == train.SmolLM2Config.__dataclass_fields__.keys()
+
+
+def test_a_changed_architecture_is_not_exported_as_llama(run_dir, monkeypatch):
+    monkeypatch.setattr(MLP, "forward", lambda mlp, x: mlp.down_proj(mlp.up_proj(x).relu()))
+    refused(run_main(export.main, run_dir, "exported"), "changed architecture", code=1)
+    assert os.listdir() == []
 
 
 IN_TRANSFORMERS_4 = """

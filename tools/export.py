@@ -93,6 +93,20 @@ def write_json(file, content):
     file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
+def check_logits(model, folder):
+    """Raises ValueError where transformers makes other logits of a folder than the model does."""
+    import torch
+    from transformers import LlamaForCausalLM, logging
+    logging.disable_progress_bar()
+    ids = torch.arange(16)[None] % model.config.vocab_size
+    with torch.inference_mode():
+        theirs = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32)(ids).logits
+        ours, _ = model(ids)
+    if (ours - theirs).norm() > 0.1 * ours.norm():  # (bf16 rounds the weights: about 0.01)
+        raise ValueError("transformers' Llama computes something else of these weights than "
+                         "model.py does: a changed architecture cannot be exported as Llama")
+
+
 def save_tokenizer(tokenizer, folder):
     """Writes the tokenizer so that transformers 4, and what builds on it, reads it, too."""
     tokenizer.save_pretrained(folder)
@@ -230,6 +244,7 @@ def export(args):
     with tempfile.TemporaryDirectory(prefix=".export-", dir=args.folder.parent) as new:
         new = Path(new)  # so that nothing half written is left
         save_pretrained(model, new, getattr(torch, args.dtype), **ids)
+        check_logits(model, new)
         save_tokenizer(tokenizer, new)
         generation = {**ids, "do_sample": True, "temperature": 0.8, "top_k": 50}  # as sample.py
         write_json(new / "generation_config.json", generation)
