@@ -193,7 +193,7 @@ class Muon(torch.optim.Optimizer):
 
 
 def make_optimizers(model, config, dtype):
-    """The optimizers, named as in a checkpoint. The rate given to each is its highest, in train."""
+    """The optimizers, named as in a checkpoint. A rate, of one or of a group, is its highest."""
     optimizers = {}
     matrices = [p for p in model.parameters() if p.dim() == 2]
     norms = [p for p in model.parameters() if p.dim() < 2]
@@ -294,7 +294,8 @@ def train(run, signals):
         factor = lr_factor(config, run.step)
         for optimizer in run.optimizers.values():
             for group in optimizer.param_groups:
-                group["lr"] = optimizer.defaults["lr"] * factor
+                group.setdefault("initial_lr", group["lr"])  # so torch's schedulers name it
+                group["lr"] = group["initial_lr"] * factor
         loss, norm = train_step(run, get_batch(run))
         run.advance()
         seconds = time.perf_counter() - began

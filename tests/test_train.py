@@ -209,6 +209,20 @@ def test_weight_decay_is_on_matrices_only_and_the_optimizer_has_every_parameter(
         assert in_muon == {id(p) for p in run.model.model.layers.parameters() if p.dim() == 2}
 
 
+def test_a_parameter_group_keeps_a_rate_of_its_own(tiny, monkeypatch):
+    real = train.make_optimizers
+
+    def make_optimizers(*args):
+        optimizers = real(*args)
+        optimizers["optimizer"].param_groups[1]["lr"] = 0.0  # the norms'
+        return optimizers
+    monkeypatch.setattr(train, "make_optimizers", make_optimizers)
+    for steps in (2, 4):
+        assert tiny("--resume=auto", max_steps=steps).code == 0
+        weights = train.read_checkpoint(f"out/step_00000{steps}.pt")["model"]
+        assert all((weight == 1).all() == ("norm" in name) for name, weight in weights.items())
+
+
 @pytest.mark.parametrize("columns", [64, 160])  # the two ways of orthogonal
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_muon_brings_singular_values_near_one_and_none_far_beyond(dtype, columns):
