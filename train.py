@@ -364,19 +364,19 @@ class Run:
                 "scaler": self.scaler.state_dict(), "config": asdict(self.config),
                 "data": self.data.fingerprint, "machine": self.machine}
 
-    def load(self, state, is_data_typed):
+    def load(self, state):
         """Takes over a checkpoint's dict, but for what the config says of rates and decays.
 
         Says which changes since then change the bits; ends the program where the data cannot."""
         # The keys, over them what a machine made of them, and the data.
         old, new = [s["config"] | s["machine"] | s["data"] for s in (state, self.state())]
         changed = {name for name in new if old.get(name) != new[name]}
+        folder = self.config.data_dir
         if "tokenizer" in changed:
-            fail(f"{self.config.data_dir} has another tokenizer than this run, and its ids mean "
-                 "other texts: restore the data, or start a new run in another --out_dir")
-        if changed & {"train", "val"} and not is_data_typed:
-            fail(f"{self.config.data_dir} is not the data that this run was trained on: restore it,"
-                 f" or go on all the same by --data_dir={shlex.quote(self.config.data_dir)}")
+            fail(f"{folder} has another tokenizer than the run: restore it, or use a new --out_dir")
+        if changed & {"train", "val"} and "data_dir" not in changed:
+            fail(f"{folder} holds other data than before: restore them, or, to go on with these, "
+                 "rename the folder and give its new name by --data_dir")
         changes = [f"{name} {old.get(name)} → {new[name]}" for name in sorted(changed - FREE)]
         if changes:
             show(f"no longer the same run to the bit, since these differ: {', '.join(changes)}")
@@ -680,8 +680,8 @@ def read_recipe(path):
 
 
 def parse_args(argv):
-    """(overrides, is_data_typed, resume): the keys set by the recipe and, over it, by argv; whether
-    argv sets data_dir; what to resume from: True for out_dir, auto, a path, or None."""
+    """(overrides, resume): the keys set by the recipe and, over it, by argv; what to resume from:
+    True for out_dir, auto, a path, or None."""
     parser = prepare.new_parser("train.py", __doc__)
     add = parser.add_argument
     add("recipe", nargs="?", type=read_recipe, default=[],
@@ -693,14 +693,13 @@ def parse_args(argv):
         add(f"--{f.name}", type=reader(f), default=argparse.SUPPRESS, choices=choices,
             metavar=f.type.__name__.upper(), help=f"{f.metadata['help']} [{f.default}]")
     args, _ = parser.parse_known_args(argv)
-    is_data_typed = "data_dir" in args
     args, rest = parser.parse_known_args(args.recipe + argv)  # later words win
     if rest:
         name = rest[0].strip("-").partition("=")[0]
         near = difflib.get_close_matches(name, KEYS, 1) or ["help"]
         fail(f"there is no option {rest[0]}: did you mean --{near[0]}?", 2)
     overrides = {name: value for name, value in vars(args).items() if name in KEYS}
-    return overrides, is_data_typed, args.resume
+    return overrides, args.resume
 
 
 # What the keys obey together: expressions in their names, shown as they are tested.
@@ -807,7 +806,7 @@ def open_data(config):
     return data
 
 
-def set_up(source, overrides, is_data_typed):
+def set_up(source, overrides):
     """The Run that the loop needs, as the checkpoint left it."""
     config, model, state = load_run(source, overrides)
     check(config)
@@ -819,7 +818,7 @@ def set_up(source, overrides, is_data_typed):
     run = Run(config, model, open_data(config), *machine)
     try:
         if state:
-            run.load(state, is_data_typed)
+            run.load(state)
     except Exception as e:  # a stranger's file can be wrong in any way
         fail(f"the checkpoint does not hold a run: {e!r}")
     mine = (run.step, run.data.fingerprint, asdict(config) | {"out_dir": "", "data_dir": ""})
@@ -874,7 +873,7 @@ writes   {run.out}/: checkpoints of {size:.2f} GB, metrics, samples""")
 
 def main(argv):
     prepare.protect_streams()  # a closed pipe or a full disk loses lines, not steps
-    overrides, is_data_typed, resume = parse_args(argv)
+    overrides, resume = parse_args(argv)
     out, source = find_run(overrides, resume)
     again = f"python train.py --resume={shlex.quote(str(out))}"
     signals = []  # in the order in which they came
@@ -882,7 +881,7 @@ def main(argv):
     try:
         if RANK == 0 and (out / ".lock").exists():
             lock.acquire()
-        run = set_up(source, overrides, is_data_typed)
+        run = set_up(source, overrides)
         catch_signals(signals)
         if RANK == 0:
             set_up_folder(run, lock)

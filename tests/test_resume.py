@@ -181,6 +181,7 @@ def test_control_a_resume_with_a_part_of_its_state_lost_is_seen(lose, short, sta
 
 
 OTHER_DATA = {"data": {"train": "0" * 16}}
+NAMED = {**OTHER_DATA, "config": {"data_dir": "others"}}  # by another name than now
 FP16 = {"machine": {"dtype": "float16"}, "scaler": torch.amp.GradScaler("cpu").state_dict()}
 
 
@@ -191,9 +192,9 @@ FP16 = {"machine": {"dtype": "float16"}, "scaler": torch.amp.GradScaler("cpu").s
     ({}, "--dtype=bfloat16", 0, "threads 1 → 2, dtype float32 → bfloat16"),
     ({}, "--dtype=float16", 0, "dtype float32 → float16"), (FP16, "", 0, "dtype float16 → float32"),
     ({}, "--batch_size=8 --learning_rate=0.5", 0, "batch_size 4 → 8, rate 0.01 → 0.5"),
-    ({}, "--seed=1", 0, "seed 1337 → 1"), (OTHER_DATA, "--data_dir={}", 0, "train 00000000"),
+    ({}, "--seed=1", 0, "seed 1337 → 1"), (NAMED, "--data_dir={}", 0, "train 00000000"),
     ({"machine": {"threads": 2}}, "--log_interval=2 --eval_interval=5", 0, ""),
-    (OTHER_DATA, "", 1, "not the data, --data_dir"),
+    *((OTHER_DATA, argv, 1, "other data, --data_dir") for argv in ("", "--data_dir={}")),
     *(({}, f"--{key}", 1, key.partition("=")[0]) for key in (
         "hidden_size=64", "vocab_size=4096", "rope_theta=5", "optimizer=muon"))])
 def test_where_bits_cannot_be_the_same_a_resume_names_why(was, argv, code, words, finished, data):

@@ -49,12 +49,10 @@ def test_every_recipe_loads(recipe):
 def test_the_command_line_wins_over_the_recipe_and_the_recipe_over_the_defaults():
     Path("r.py").write_text('"""A docstring."""\nmax_steps = 7  # why\nseed = 5\nmin_lr = 1\n')
     argv = ["r.py", "--seed=6", "--batch_size", "12", "--compile=False", "--rope_theta=1e4"]
-    overrides, is_data_typed, resume = train.parse_args(argv)
+    overrides, resume = train.parse_args(argv)
     assert overrides == {"max_steps": 7, "seed": 6, "min_lr": 1.0, "batch_size": 12,
                          "compile": False, "rope_theta": 1e4}
-    assert type(overrides["min_lr"]) is float and not is_data_typed and resume is None
-    Path("r.py").write_text('data_dir = "d"\n')
-    assert not train.parse_args(["r.py"])[1] and train.parse_args(["r.py", "--data_dir=d"])[1]
+    assert type(overrides["min_lr"]) is float and resume is None
     refused(run_main(train.main, "r.py", "max_steps=10"), "max_steps=10", "--max_steps?")
     shown = run_main(train.main, "--help")
     assert shown.code == 0 and all(f"--{name} " in shown.out for name in train.KEYS)
