@@ -341,7 +341,6 @@ class Run:
         self.optimizers = make_optimizers(self.model, config, dtype)
         self.scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
         self.autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
-        self.metrics = None  # the open metrics.jsonl, in the first process
         random.seed(config.seed + RANK)
         np.random.seed((config.seed + RANK) % 2**32)
         torch.manual_seed(config.seed + RANK)
@@ -424,23 +423,21 @@ def write_sample(run):
     return text
 
 
-def open_metrics(run):
-    """Opens metrics.jsonl, an object a step; steps after run.step and what a kill tore are cut."""
-    file = open(run.out / "metrics.jsonl", "a+b", buffering=0)
-    size = file.seek(0)
-    for step in re.finditer(rb'.*"step": (\d+).*\n', file.read()):
-        if int(step[1]) > run.step:
-            break
-        size = step.end()
-    file.truncate(size)
-    return file
+def cut_metrics(run):
+    """Cuts off metrics.jsonl, an object a step, what comes after run.step or was torn by a kill."""
+    with open(run.out / "metrics.jsonl", "a+b") as file:
+        size = file.seek(0)
+        for step in re.finditer(rb'.*"step": (\d+).*\n', file.read()):
+            if int(step[1]) > run.step:
+                break
+            size = step.end()
+        file.truncate(size)
 
 
 def log_step(run, row, bar):
     """Writes a row to metrics.jsonl, and shows it in the bar or, without a terminal, in lines."""
-    line = json.dumps(row).encode() + b"\n"
-    while line:  # the last bytes of a disk take a part of it, and the next write then raises
-        line = line[run.metrics.write(line):]
+    with open(run.out / "metrics.jsonl", "a") as file:
+        file.write(json.dumps(row) + "\n")
     if "val_loss" in row:
         loss, meta = row["val_loss"], run.data.meta
         bits = loss / math.log(2) * meta["val_tokens"] / max(1, meta["val_bytes"])
@@ -592,7 +589,7 @@ def save(run):
     """Writes a checkpoint, then deletes all but keep_checkpoints of the newest, and the best."""
     rng = of_all(rng_state())
     if RANK == 0:
-        os.fsync(run.metrics.fileno())  # before a checkpoint says that these steps are done
+        prepare.fsync(run.out / "metrics.jsonl")  # its rows come before their checkpoint
         write_checkpoint(run.out / f"step_{run.step:06d}.pt", run.state() | {"rng": rng})
         for path in checkpoints(run.out)[:-run.config.keep_checkpoints]:  # (0: all)
             if not run.best or step_of(path) != run.best["step"]:
@@ -858,7 +855,7 @@ def set_up_folder(run, lock):
     tokenizer = data.folder / "tokenizer"
     if tokenizer.is_dir():  # (of a resumed run it is the same)
         shutil.copytree(tokenizer, run.out / "tokenizer", dirs_exist_ok=True)
-    run.metrics = open_metrics(run)
+    cut_metrics(run)
     B, T = config.batch_size, config.block_size
     epochs = config.max_steps * B / blocks_per_epoch(len(data.train), T)
     stand_in = f", STAND-IN {meta['stand_in']}" if meta["stand_in"] else ""
