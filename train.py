@@ -23,7 +23,6 @@ import sys
 import time
 import warnings
 from concurrent.futures import ThreadPoolExecutor
-from configparser import ConfigParser
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from datetime import timedelta
@@ -646,13 +645,10 @@ def set_up_machine(config):
 
 # --------------------------------------------------------------------------------- the command line
 
-def reader(f):
-    """The function that makes a value for the config's field f of a text, as argparse wants it."""
-    if f.type is bool:  # what is no bool, the choices refuse
-        return lambda text: ConfigParser.BOOLEAN_STATES.get(text.lower(), text)
-    if f.type is str:
-        return prepare.typed_path if f.default else os.path.expanduser  # (may be empty, too)
-    return prepare.number(f.type, 0, 2**48)
+# What makes a value of a text, by the type of its key. What is no bool, the choices refuse.
+READERS = {bool: lambda text: {"true": True, "false": False}.get(text.lower(), text),
+           int: prepare.number(int, 0, 2**48), float: prepare.number(float, 0, 2**48),
+           str: prepare.typed_path}
 
 
 def read_recipe(path):
@@ -687,7 +683,7 @@ def parse_args(argv):
         help="from the newest checkpoint in out_dir or a folder, or from a file; auto: if any")
     for f in KEYS.values():
         choices = (True, False) if f.type is bool else f.metadata.get("choices")
-        add(f"--{f.name}", type=reader(f), default=argparse.SUPPRESS, choices=choices,
+        add(f"--{f.name}", type=READERS[f.type], default=argparse.SUPPRESS, choices=choices,
             metavar=f.type.__name__.upper(), help=f"{f.metadata['help']} [{f.default}]")
     args, _ = parser.parse_known_args(argv)
     args, rest = parser.parse_known_args(args.recipe + argv)  # later words win
@@ -749,7 +745,7 @@ def load_run(source, overrides):
     """(config, model, state): model has the weights of init_from, state is a checkpoint's dict;
     None where there is no such thing to begin from."""
     out, start = overrides["out_dir"], overrides.get("init_from")
-    model, state, base, fixed = None, None, {}, []
+    model, state, base = None, None, {}
     if start and Path(start).is_dir():  # elsewhere its name could be one of the hub's
         overrides["init_from"] = os.path.abspath(start)
     if source:
@@ -757,21 +753,21 @@ def load_run(source, overrides):
             source, state = load_checkpoint(source)
         except ValueError as e:
             fail(e, 1 if checkpoints(out) else 2)
-        base, fixed = state["config"], [*SIZES, "optimizer"]
+        base = state["config"]
         show(f"resuming from {source} (step {state['step']})")
     elif checkpoints(out):
-        fail(f"{out} holds a run: continue it by --resume, choose another --out_dir, or delete it: "
-             f"rm -r -- {shlex.quote(out)}", 2)
+        fail(f"{out} holds a run: add --resume, use another --out_dir, or rm -r -- "
+             f"{shlex.quote(out)}", 2)
     elif source := start:
         try:
             model = from_pretrained(source)
         except ValueError as e:
             fail(f"init_from: {e}")
-        base, fixed = asdict(model.config), SIZES
-    for name in fixed:
-        if overrides.get(name, base[name]) != base[name]:
+        base = asdict(model.config)
+    for name in (*SIZES, "optimizer"):
+        if name in base and overrides.get(name, base[name]) != base[name]:
             fail(f"{source} has {name} = {base[name]}, not {overrides[name]}: leave it out, or "
-                 "start another run in another --out_dir")
+                 "start in another --out_dir")
     config = TrainConfig(**base | overrides)
     config.lr_decay_steps = config.lr_decay_steps or config.max_steps
     return config, model, state
@@ -779,27 +775,23 @@ def load_run(source, overrides):
 
 def open_data(config):
     """Opens data_dir; makes the default one where it is missing. Ends the program if unfit."""
-    folder = Path(config.data_dir)
-    is_missing = folder == Path(prepare.DEFAULT_OUT_DIR) and not (folder / "meta.json").exists()
+    folder, T = Path(config.data_dir), config.block_size
     try:
-        if RANK == 0 and is_missing:
+        if RANK == 0 and folder == Path(prepare.DEFAULT_OUT_DIR) and not folder.exists():
             show(f"{folder} is missing: preparing it")
             prepare.prepare(prepare.parse_args([]))
         of_all(None)  # the others wait for it
         data = prepare.Data(folder)
-    except FileNotFoundError:
-        fail(f"data_dir = {config.data_dir!r} holds no prepared data: name another --data_dir, or "
-             "make them: the first lines of a recipe may say how; of one text with python "
-             f"prepare.py --input FILE --out_dir {shlex.quote(config.data_dir)}", 2)
-    except ValueError as e:
-        fail(f"{e}; make the data again with prepare.py")
-    needed, n, T = data.meta["vocab_size"], len(data.train), config.block_size
+    except (OSError, ValueError) as e:
+        fail(f"data_dir = {folder} cannot be used: {e}. Name another, or prepare it: as the recipe "
+             f"says, or python prepare.py --input FILE --out_dir {shlex.quote(str(folder))}",
+             2 if isinstance(e, FileNotFoundError) else 1)
+    needed, n = data.meta["vocab_size"], len(data.train)
     if needed > config.vocab_size:
-        fail(f"{folder} needs vocab_size = {needed}, not {config.vocab_size}: raise it, or prepare "
-             "with another tokenizer")
+        fail(f"vocab_size = {config.vocab_size}, but {folder} needs {needed}: raise it, or use "
+             "other data")
     if n <= T:
-        fail(f"{folder} has {n} training tokens, but block_size = {T} needs {T + 1}: lower it, or "
-             "prepare more text")
+        fail(f"block_size = {T} needs {T + 1} tokens, {folder} has {n}: lower it, or use more text")
     return data
 
 
@@ -836,9 +828,7 @@ def set_up_folder(run, lock):
     config, data, meta, saved = run.config, run.data, run.data.meta, checkpoints(run.out)
     count = config.keep_checkpoints + 2 - len(saved)  # two: the best, and one being written
     size = 12 * run.size / 1e9  # GB of one: a weight and two means, in fp32
-    disk = run.out.resolve()
-    while not disk.exists():
-        disk = disk.parent
+    disk = next(path for path in (run.out, *run.out.parents) if path.exists())
     room = shutil.disk_usage(disk).free / 1e9
     if room < count * size:
         fail(f"{count} more checkpoints need {count * size:.1f} GB, but {run.out} has room for "
@@ -852,9 +842,8 @@ def set_up_folder(run, lock):
     facts = {"command": shlex.join(sys.argv), "config": asdict(config), "git": commit,
              "torch": torch.__version__, "python": sys.version.split()[0]}
     (run.out / "run.json").write_text(json.dumps(facts, indent=2))
-    tokenizer = data.folder / "tokenizer"
-    if tokenizer.is_dir():  # (of a resumed run it is the same)
-        shutil.copytree(tokenizer, run.out / "tokenizer", dirs_exist_ok=True)
+    # (of a resumed run it is the same)
+    shutil.copytree(data.folder / "tokenizer", run.out / "tokenizer", dirs_exist_ok=True)
     cut_metrics(run)
     B, T = config.batch_size, config.block_size
     epochs = config.max_steps * B / blocks_per_epoch(len(data.train), T)

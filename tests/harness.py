@@ -297,8 +297,9 @@ def make_data(folder, start=0):
 
 
 def write_data(folder, train_ids, vocab_size=49152):
-    """A prepared folder of given ids, without a tokenizer."""
+    """A prepared folder of given ids."""
     folder = Path(folder)
+    make_tokenizer(folder / "tokenizer")
     for side, ids in (("train", train_ids), ("val", range(100))):
         write(folder / f"{side}.bin", np.asarray(list(ids), dtype="<u2").tobytes())
     prepare.write_meta(folder, {"source": "test", "vocab_size": vocab_size, "val_bytes": 100,

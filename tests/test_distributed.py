@@ -152,7 +152,7 @@ def test_the_others_wait_for_a_first_process_that_is_late(start):
 
 
 @pytest.mark.parametrize("second, argv, word", [
-    ("first", ["--batch_size=3"], "batch_size = 3"), ("no data", [], "no prepared data"),
+    ("first", ["--batch_size=3"], "batch_size = 3"), ("no data", [], "python prepare.py"),
     ("no checkpoints", [], "steps [2, 0]")])
 def test_where_one_process_cannot_start_all_end(second, argv, word, data):
     for folder in {"first", second} - {"no data"}:

@@ -358,7 +358,7 @@ def test_the_run_is_a_whole_whatever_became_of_its_data(data, run, monkeypatch):
     Path("kept").rename("out/tokenizer")
     shutil.rmtree("data")
     assert sampled() == wanted
-    refused(resume_here("out", max_steps=4), "no prepared data")
+    refused(resume_here("out", max_steps=4), "data_dir", "python prepare.py")
     shutil.copytree(data, "data")
     shutil.rmtree("out/tokenizer")
     assert sampled() == wanted  # the data's fits: an older run, or a checkpoint copied alone

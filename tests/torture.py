@@ -342,7 +342,7 @@ BYTES = [b"\n", b" " * 3000, b"\0" * 700, b"\xff\xfe", b"\xef\xbb\xbf", b"\xc3("
          b"\nseed += 1\n", b"\nseed: int = 4\n", b"\nseed = 2 * 2\n", b"\nbeta1 = 3+4j\n",
          b"\nif True:\n  seed = 3\n"]
 KEYS = {name: f.default for name, f in train.KEYS.items()
-        if name not in ("max_steps", "batch_size", "block_size", *train.SIZES)}
+        if name not in ("max_steps", "batch_size", "block_size", "init_from", *train.SIZES)}
 SAMPLE = {"temperature": 0.8, "top_k": 9, "top_p": 0.9, "seed": 3,
           "stop": "x", "device": "cpu", "dtype": "float32", "num_samples": 2}
 PREPARE = {"val_fraction": 0.2, "out_dir": "elsewhere", "tokenizer": "bytes"}
