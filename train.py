@@ -252,8 +252,8 @@ def train_step(run, batch):
     loss, norm = sum_of_all(loss.item() / WORLD_SIZE, run), norm.item()
     # In fp16 a gradient that overflows is no failure: the step is skipped, the scale lowered.
     if not math.isfinite(loss) or not (math.isfinite(norm) or run.scaler.is_enabled()):
-        raise FloatingPointError(f"step {run.step + 1} has loss {loss}, gradient norm {norm}: "
-                                 "stopped before the weights changed. Try a lower --learning_rate")
+        raise FloatingPointError(f"step {run.step + 1}: loss {loss}, gradient norm {norm}; try a "
+                                 "lower --learning_rate")
     for optimizer in run.optimizers.values():
         if math.isfinite(norm):
             run.scaler.step(optimizer)
@@ -373,8 +373,7 @@ class Run:
         if "tokenizer" in changed:
             fail(f"{folder} has another tokenizer than the run: restore it, or use a new --out_dir")
         if changed & {"train", "val"} and "data_dir" not in changed:
-            fail(f"{folder} holds other data than before: restore them, or, to go on with these, "
-                 "rename the folder and give its new name by --data_dir")
+            fail(f"{folder} holds other data than before: restore them, or use another --data_dir")
         changes = [f"{name} {old.get(name)} → {new[name]}" for name in sorted(changed - FREE)]
         if changes:
             show(f"no longer the same run to the bit, since these differ: {', '.join(changes)}")
@@ -542,8 +541,7 @@ def load_checkpoint(source, **kwargs):
             source = source.with_name(f"step_{state['best']['step']:06d}.pt")
     paths = checkpoints(source)[::-1] or [source]
     if not paths[0].is_file():
-        raise ValueError(f"there is no checkpoint {source}: name another, or make one by python "
-                         "train.py config/smollm2.py")
+        raise ValueError(f"no checkpoint {source}: make one by python train.py config/smollm2.py")
     for path in paths:
         try:
             return path, read_checkpoint(path, **kwargs)
@@ -605,15 +603,17 @@ def set_up_machine(config):
         device, dtype, reason = pick_device(config.device, config.dtype)
     except ValueError as e:
         fail(e, 2)
+    machine = {"torch": str(torch.__version__), "threads": torch.get_num_threads(),
+               "processes": WORLD_SIZE, "dtype": str(dtype)[6:]}
     on_gpu = device.type == "cuda"
     if on_gpu:
         torch.cuda.set_device(device)
-        name = torch.cuda.get_device_name(device)
-        versions = {"cuda": torch.version.cuda,
-                    "driver": collect_env.get_nvidia_driver_version(collect_env.run)}
+        machine["device"] = f"cuda ({torch.cuda.get_device_name(device)})"
+        machine["cuda"] = torch.version.cuda
+        machine["driver"] = collect_env.get_nvidia_driver_version(collect_env.run)
     else:
         keep_freed_memory()
-        name, versions = torch.backends.cpu.get_cpu_capability(), {}
+        machine["device"] = f"{device.type} ({torch.backends.cpu.get_cpu_capability()})"
     if WORLD_SIZE > 1:
         patience = timedelta(minutes=30)  # the first process may be preparing data
         store, *_ = next(dist.rendezvous("env://", timeout=patience))
@@ -629,15 +629,11 @@ def set_up_machine(config):
         # Nothing here reads memory that it did not write: filling it would only cost time.
         torch.utils.deterministic.fill_uninitialized_memory = False
     problem = compiler_problem(device) if config.compile else "as asked"
-    compiled = "compiled (up to a minute at first)"
-    if problem:
-        compiled = f"not compiled ({problem})"
-    elif on_gpu:
+    machine["compile"] = problem is None
+    compiled = f"not compiled ({problem})" if problem else "compiled (up to a minute at first)"
+    if on_gpu and not problem:
         import triton
-        versions["triton"] = triton.__version__
-    machine = {"torch": str(torch.__version__), **versions, "device": f"{device.type} ({name})",
-               "threads": torch.get_num_threads(), "processes": WORLD_SIZE,
-               "dtype": str(dtype)[6:], "compile": problem is None}
+        machine["triton"] = triton.__version__
     show(f"device   {device}, threads {machine['threads']}, processes {WORLD_SIZE}, "
          f"{machine['dtype']} ({reason}), {compiled}")
     return device, dtype, machine
@@ -667,8 +663,7 @@ def read_recipe(path):
             [target] = node.targets
             words.append(f"--{target.id}={ast.literal_eval(node.value)}")
         except (AttributeError, TypeError, ValueError):  # of anything else
-            fail(f"{path}, line {node.lineno}: a recipe holds plain assignments only, like "
-                 "batch_size = 4", 2)
+            fail(f"{path}, line {node.lineno}: only assignments, like batch_size = 4", 2)
     return words
 
 
@@ -706,9 +701,9 @@ min_lr <= learning_rate
 max(beta1, beta2) < 1"""
 
 
-def check(config, world_size=WORLD_SIZE):
-    """Ends the program, naming all values that do not fit each other, and the rules they break."""
-    found, wrong = asdict(config) | {"processes": world_size}, []
+def check(config, processes=WORLD_SIZE):
+    """Ends the program where values do not fit each other: names them and the rules they break."""
+    found, wrong = asdict(config) | {"processes": processes}, []
     for rule in RULES.splitlines():
         if not eval(rule, {}, found):
             names = re.findall(r"\w+", rule)
@@ -756,8 +751,7 @@ def load_run(source, overrides):
         base = state["config"]
         show(f"resuming from {source} (step {state['step']})")
     elif checkpoints(out):
-        fail(f"{out} holds a run: add --resume, use another --out_dir, or rm -r -- "
-             f"{shlex.quote(out)}", 2)
+        fail(f"{out} holds a run: --resume it, use another --out_dir, or delete it", 2)
     elif source := start:
         try:
             model = from_pretrained(source)
@@ -788,8 +782,7 @@ def open_data(config):
              2 if isinstance(e, FileNotFoundError) else 1)
     needed, n = data.meta["vocab_size"], len(data.train)
     if needed > config.vocab_size:
-        fail(f"vocab_size = {config.vocab_size}, but {folder} needs {needed}: raise it, or use "
-             "other data")
+        fail(f"vocab_size = {config.vocab_size}, but {folder} needs {needed}: raise it")
     if n <= T:
         fail(f"block_size = {T} needs {T + 1} tokens, {folder} has {n}: lower it, or use more text")
     return data
@@ -879,8 +872,7 @@ def main(argv):
         fail(f"{e}. {saved[-1]} is whole: {again} continues from it" if saved else e)
     except (MemoryError, RuntimeError) as e:
         if signals:  # Ctrl-C reaches the C++ compiler, too, and torchrun ends other processes
-            fail(f"stopped within a step; {again} continues from the checkpoint before",
-                 128 + signals[0])
+            fail(f"stopped in a step; {again} continues from the last save", 128 + signals[0])
         if not is_out_of_memory(e):
             raise
         fail("out of memory: lower --micro_batch_size or --block_size")

@@ -270,7 +270,7 @@ def test_a_finished_run_stays_as_it_is(finished, run):
     before = snapshot(finished)
     for result in (resume_here("out"), run("--resume=auto", "--max_steps=8")):
         assert result.code == 0 and "finished" in result.out and "--max_steps=" in result.out
-    refused(run(), "out holds a run", "--resume", "--out_dir", "rm -r -- out")
+    refused(run(), "out holds a run", "--resume", "--out_dir", "delete")
     assert snapshot(finished) == before
 
 
