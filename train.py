@@ -25,7 +25,6 @@ import warnings
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict, dataclass
-from datetime import timedelta
 from functools import lru_cache, partial
 from pathlib import Path
 
@@ -615,14 +614,12 @@ def set_up_machine(config):
         keep_freed_memory()
         machine["device"] = f"{device.type} ({torch.backends.cpu.get_cpu_capability()})"
     if WORLD_SIZE > 1:
-        patience = timedelta(minutes=30)  # the first process may be preparing data
-        store, *_ = next(dist.rendezvous("env://", timeout=patience))
+        store, *_ = next(dist.rendezvous("env://"))  # (30 minutes: the first may prepare data)
         if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
             # torchrun's store outlives a restart, with the addresses of the dead (pytorch #135712).
             store = dist.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
         dist.init_process_group("nccl" if on_gpu else "gloo", store=store, rank=RANK,
-                                world_size=WORLD_SIZE, timeout=patience,
-                                device_id=device if on_gpu else None)
+                                world_size=WORLD_SIZE, device_id=device if on_gpu else None)
     if config.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
@@ -653,8 +650,7 @@ def read_recipe(path):
     try:
         tree = ast.parse(Path(path).read_bytes())
     except Exception as e:  # a file can be wrong in any way
-        hint = f"; did you mean --{path}?" if "=" in path else ""
-        fail(f"cannot read the recipe {path}: {prepare.first_line(e)}{hint}", 2)
+        fail(f"cannot read the recipe {path} (keys begin with --): {prepare.first_line(e)}", 2)
     words = []
     for node in tree.body:
         if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
@@ -838,15 +834,14 @@ def set_up_folder(run, lock):
     # (of a resumed run it is the same)
     shutil.copytree(data.folder / "tokenizer", run.out / "tokenizer", dirs_exist_ok=True)
     cut_metrics(run)
-    B, T = config.batch_size, config.block_size
-    epochs = config.max_steps * B / blocks_per_epoch(len(data.train), T)
+    B, T, steps = config.batch_size, config.block_size, config.max_steps
+    epochs = steps * B / blocks_per_epoch(len(data.train), T)
     stand_in = f", STAND-IN {meta['stand_in']}" if meta["stand_in"] else ""
     show(f"""\
 data     {data.folder}{stand_in}: {len(data.train):,} training and {len(data.val):,} held-out tokens
          of {meta['source']}
 model    {run.size:,} parameters
-run      steps {run.step} to {config.max_steps}, {B} x {T} = {B * T:,} tokens a step, \
-{epochs:.1f} epochs
+run      steps {run.step} to {steps}, {B} x {T} = {B * T:,} tokens a step, {epochs:.1f} epochs
 writes   {run.out}/: checkpoints of {size:.2f} GB, metrics, samples""")
 
 

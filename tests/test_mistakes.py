@@ -29,7 +29,7 @@ FILES = {
 MISTAKES = {  # (script, exit code): what is typed, and what the line says
     (train, 2): [
         ("--max_steps=1.5", "max_steps, '1.5', int"), ("--learning_rate=nan", "learning_rate, nan"),
-        ("--max_steps", "max_steps"), ("max_steps=10", "--max_steps=10?"), ("none.py", "none.py"),
+        ("--max_steps", "max_steps"), ("max_steps=10", "max_steps=10, --"), ("none.py", "none.py"),
         ("--learning_rate -1e-3", "learning_rate, --key=value"), ("--nope", "--nope, --help"),
         ("--dtype=int8", "dtype, 'int8', float16"), ("--batch_size=0", "batch_size = 0, must hold"),
         ("--device=tpu9", "device, 'tpu9'"), ("--micro_batch_size=3", "micro_batch_size = 3"),
