@@ -366,7 +366,8 @@ class Run:
 
         Says which changes since then change the bits; ends the program where the data cannot."""
         # The keys, over them what a machine made of them, and the data.
-        old, new = [s["config"] | s["machine"] | s["data"] for s in (state, self.state())]
+        old = state["config"] | state["machine"] | state["data"]
+        new = asdict(self.config) | self.machine | self.data.fingerprint
         changed = {name for name in new if old.get(name) != new[name]}
         folder = self.config.data_dir
         if "tokenizer" in changed:
@@ -831,7 +832,6 @@ def set_up_folder(run, lock):
     facts = {"command": shlex.join(sys.argv), "config": asdict(config), "git": commit,
              "torch": torch.__version__, "python": sys.version.split()[0]}
     (run.out / "run.json").write_text(json.dumps(facts, indent=2))
-    # (of a resumed run it is the same)
     shutil.copytree(data.folder / "tokenizer", run.out / "tokenizer", dirs_exist_ok=True)
     cut_metrics(run)
     B, T, steps = config.batch_size, config.block_size, config.max_steps
