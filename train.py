@@ -167,12 +167,6 @@ class Muon(torch.optim.Optimizer):
 
     A group is one matrix of each layer: they are stacked. dtype: of the products."""
 
-    def __init__(self, layers, lr, weight_decay, dtype):
-        alike = zip(*[layer.parameters() for layer in layers])
-        groups = [{"params": params} for params in alike if params[0].dim() == 2]
-        super().__init__(groups, {"lr": lr, "weight_decay": weight_decay})
-        self.dtype = dtype
-
     @torch.no_grad()
     def step(self):
         for group in self.param_groups:
@@ -183,7 +177,7 @@ class Muon(torch.optim.Optimizer):
                 state["momentum"] = torch.zeros_like(grad)
             momentum = state["momentum"].lerp_(grad, 0.05)
             update = momentum.lerp(grad, 0.05)  # Nesterov's: as if the next step's
-            update = orthogonal(update, self.dtype)
+            update = orthogonal(update, group["dtype"])
             _, rows, columns = update.shape
             scale = max(1, rows / columns) ** 0.5  # rows to norm one, as the fewer columns have
             torch._foreach_mul_(params, 1 - lr * group["weight_decay"])
@@ -196,8 +190,11 @@ def make_optimizers(model, config, dtype):
     matrices = [p for p in model.parameters() if p.dim() == 2]
     norms = [p for p in model.parameters() if p.dim() < 2]
     if config.optimizer == "muon":
-        layers, matrices = model.model.layers, [model.lm_head.weight]  # (the embedding, too)
-        optimizers["muon"] = Muon(layers, config.muon_learning_rate, config.weight_decay, dtype)
+        alike = zip(*[layer.parameters() for layer in model.model.layers])
+        groups = [{"params": params} for params in alike if params[0].dim() == 2]
+        optimizers["muon"] = Muon(groups, {"lr": config.muon_learning_rate, "dtype": dtype,
+                                           "weight_decay": config.weight_decay})
+        matrices = [model.lm_head.weight]  # (the embedding, too)
     groups = [{"params": matrices, "weight_decay": config.weight_decay},
               {"params": norms, "weight_decay": 0.0}]
     betas = (config.beta1, config.beta2)
@@ -247,7 +244,7 @@ def train_step(run, batch):
         loss += part.detach() / len(parts)
     for optimizer in run.optimizers.values():
         run.scaler.unscale_(optimizer)
-    norm = torch.nn.utils.clip_grad_norm_(run.parameters, run.config.grad_clip or math.inf)
+    norm = torch.nn.utils.clip_grad_norm_(run.model.parameters(), run.config.grad_clip or math.inf)
     loss, norm = sum_of_all(loss.item() / WORLD_SIZE, run), norm.item()
     # In fp16 a gradient that overflows is no failure: the step is skipped, the scale lowered.
     if not math.isfinite(loss) or not (math.isfinite(norm) or run.scaler.is_enabled()):
@@ -334,8 +331,7 @@ class Run:
         torch.manual_seed(config.seed)
         self.model = (model or SmolLM2(config)).to(device)
         self.net = self.model  # as it is called: compiled, wrapped; never saved
-        self.parameters = list(self.model.parameters())
-        self.size = sum(p.numel() for p in self.parameters)
+        self.size = sum(p.numel() for p in self.model.parameters())
         self.optimizers = make_optimizers(self.model, config, dtype)
         self.scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
         self.autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)

@@ -145,7 +145,7 @@ def test_micro_batches_change_memory_and_not_the_run(tiny):
     rows = get_batch(run)
     loss = F.cross_entropy(run.model(rows[:, :-1])[0].flatten(0, 1), rows[:, 1:].flatten())
     loss.backward()
-    norm = math.sqrt(sum(p.grad.double().square().sum().item() for p in run.parameters))
+    norm = math.sqrt(sum(p.grad.double().square().sum().item() for p in run.model.parameters()))
     first = runs[0][0]
     assert first["loss"] == pytest.approx(loss.item(), abs=1e-4)
     assert first["grad_norm"] == pytest.approx(norm, rel=1e-3)
@@ -200,7 +200,7 @@ def test_weight_decay_is_on_matrices_only_and_the_optimizer_has_every_parameter(
     run = new_run(optimizer=optimizer, weight_decay=0.3)
     groups = [group for o in run.optimizers.values() for group in o.param_groups]
     decay = {id(p): group["weight_decay"] for group in groups for p in group["params"]}
-    assert decay == {id(p): 0.3 if p.dim() == 2 else 0.0 for p in run.parameters}
+    assert decay == {id(p): 0.3 if p.dim() == 2 else 0.0 for p in run.model.parameters()}
     assert all(g["betas"] == (0.9, 0.95) for g in run.optimizers["optimizer"].param_groups)
     if optimizer == "muon":  # the layers' matrices, and never the embedding
         in_muon = {id(p) for g in run.optimizers["muon"].param_groups for p in g["params"]}
@@ -250,10 +250,10 @@ def test_muon_moves_each_matrix_by_what_is_near_its_gradients_orthogonal_factor(
 def test_gradients_are_clipped_to_the_norm_and_the_logged_norm_is_that_before():
     def step(clip):
         run = new_run(grad_clip=clip)
-        run.optimizers = {"sgd": torch.optim.SGD(run.parameters, lr=1.0)}
-        before = [p.detach().clone() for p in run.parameters]
+        run.optimizers = {"sgd": torch.optim.SGD(run.model.parameters(), lr=1.0)}
+        before = [p.detach().clone() for p in run.model.parameters()]
         _, norm = train.train_step(run, torch.randint(256, (4, 17)))
-        moved = [p.detach() - old for p, old in zip(run.parameters, before)]
+        moved = [p.detach() - old for p, old in zip(run.model.parameters(), before)]
         return norm, torch.nn.utils.get_total_norm(moved).item()
     norm, moved = step(0.0)
     assert moved == pytest.approx(norm, rel=1e-3)
@@ -282,10 +282,10 @@ def test_an_infinite_gradient_in_fp16_stops_every_optimizer_and_lowers_the_scale
     """Only the embedding's is infinite, and Muon has no part in it: it must not step either."""
     run = new_run(dtype=torch.float16, optimizer=optimizer)
     run.model.model.embed_tokens.weight.register_hook(lambda grad: grad * math.inf)
-    before = [p.detach().clone() for p in run.parameters]
+    before = [p.detach().clone() for p in run.model.parameters()]
     loss, norm = train.train_step(run, torch.randint(256, (4, 17)))
     assert math.isfinite(loss) and not math.isfinite(norm) and run.scaler.get_scale() == 2**15
-    assert all(torch.equal(p, old) for p, old in zip(run.parameters, before))
+    assert all(torch.equal(p, old) for p, old in zip(run.model.parameters(), before))
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
