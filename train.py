@@ -47,15 +47,15 @@ from model import (SmolLM2, SmolLM2Config, compiler_problem, from_pretrained, ge
 
 @dataclass
 class RunControl:
-    """Keys that a resumed run may change and stay the same run. Intervals in steps, 0: never."""
+    """Keys that may change on a resume: it is still the same run."""
     out_dir: str = key("out", "where checkpoints, metrics and samples are written")
     data_dir: str = key("data/shakespeare", "made by prepare.py or tools.corpus")
     max_steps: int = key(5000, "optimizer steps of the whole run")
-    log_interval: int = key(10, "a line where no progress bar is shown")
-    eval_interval: int = key(250, "the held-out loss")
-    eval_tokens: int = key(1_000_000, "held-out tokens it reads at most")
-    sample_interval: int = key(500, "a text in out_dir/samples")
-    checkpoint_interval: int = key(250, "a checkpoint; every end makes one")
+    log_interval: int = key(10, "steps between lines, where no progress bar is shown")
+    eval_interval: int = key(250, "steps between held-out losses (0: never)")
+    eval_tokens: int = key(1_000_000, "held-out tokens read at most for one")
+    sample_interval: int = key(500, "steps between texts in out_dir/samples (0: never)")
+    checkpoint_interval: int = key(250, "steps between checkpoints (0: at the end alone)")
     keep_checkpoints: int = key(2, "newest kept besides the best (0: all)")
 
 
@@ -84,7 +84,7 @@ class TrainConfig(RunControl, SmolLM2Config):
     grad_clip: float = key(1.0, "largest norm of the gradient (0: no clipping)")
     # the machine
     device: str = key("auto", "auto, cpu, cuda, cuda:1, mps")
-    dtype: str = key("auto", "of the products; weights and optimizer stay float32",
+    dtype: str = key("auto", "of matrix products; weights and optimizer stay float32",
                      choices=("auto", "float32", "bfloat16", "float16"))
     compile: bool = key(True, "torch.compile, where it works")
     deterministic: bool = key(True, "the same bits in every run; costs speed on a GPU")
@@ -185,16 +185,17 @@ class Muon(torch.optim.Optimizer):
 
 
 def make_optimizers(model, config, dtype):
-    """The optimizers, named as in a checkpoint. A rate, of one or of a group, is its highest."""
+    """The optimizers, named as in a checkpoint. Their rates are the highest: train scales them."""
     optimizers = {}
-    matrices = [p for p in model.parameters() if p.dim() == 2]
+    matrices = [p for p in model.parameters() if p.dim() >= 2]
     norms = [p for p in model.parameters() if p.dim() < 2]
     if config.optimizer == "muon":
-        alike = zip(*[layer.parameters() for layer in model.model.layers])
+        alike = zip(*[layer.parameters() for layer in model.model.layers], strict=True)
         groups = [{"params": params} for params in alike if params[0].dim() == 2]
         optimizers["muon"] = Muon(groups, {"lr": config.muon_learning_rate, "dtype": dtype,
                                            "weight_decay": config.weight_decay})
-        matrices = [model.lm_head.weight]  # (the embedding, too)
+        taken = {p for group in groups for p in group["params"]}
+        matrices = [p for p in matrices if p not in taken]  # the embedding, which is the head
     groups = [{"params": matrices, "weight_decay": config.weight_decay},
               {"params": norms, "weight_decay": 0.0}]
     betas = (config.beta1, config.beta2)
@@ -234,6 +235,7 @@ def train_step(run, batch):
 
     Returns the mean loss over all processes, nats a token, and the gradient's norm before
     clipping. Raises FloatingPointError before anything is changed if they are not finite."""
+    run.net.train()
     parts = batch.split(run.config.micro_batch_size or len(batch))
     loss = torch.zeros((), device=run.device)
     for i, rows in enumerate(parts):
@@ -246,8 +248,9 @@ def train_step(run, batch):
         run.scaler.unscale_(optimizer)
     norm = torch.nn.utils.clip_grad_norm_(run.model.parameters(), run.config.grad_clip or math.inf)
     loss, norm = sum_of_all(loss.item() / WORLD_SIZE, run), norm.item()
-    # In fp16 a gradient that overflows is no failure: the step is skipped, the scale lowered.
-    if not math.isfinite(loss) or not (math.isfinite(norm) or run.scaler.is_enabled()):
+    # In fp16 a gradient that overflows is no failure: the step is skipped, the scale lowered. (It
+    # is 1 where no fp16 is.)
+    if not math.isfinite(loss) or not (math.isfinite(norm) or run.scaler.get_scale() > 1):
         raise FloatingPointError(f"step {run.step + 1}: loss {loss}, gradient norm {norm}; try a "
                                  "lower --learning_rate")
     for optimizer in run.optimizers.values():
@@ -261,6 +264,7 @@ def train_step(run, batch):
 @torch.no_grad()
 def evaluate(run):
     """The mean loss, nats a token, of the held-out ids, each once, in fixed windows of T."""
+    run.net.eval()
     config, ids = run.config, run.data.val[:run.config.eval_tokens + 1]
     n, T = len(ids) - 1, config.block_size
     B = config.micro_batch_size or config.batch_size // WORLD_SIZE
@@ -377,8 +381,10 @@ class Run:
         for name in asdict(self):
             setattr(self, name, state[name])
         for name, optimizer in self.optimizers.items():
-            optimizer.load_state_dict(optimizer.state_dict() | {"state": state[name]["state"]})
-        # It is empty but after fp16.
+            groups = optimizer.state_dict()["param_groups"]
+            optimizer.load_state_dict(state[name])  # raises where other parameters are grouped
+            optimizer.load_state_dict(optimizer.state_dict() | {"param_groups": groups})
+        # (empty unless fp16 was used)
         self.scaler.load_state_dict(state["scaler"] or self.scaler.state_dict())
         if len(state["rng"]) == WORLD_SIZE:
             set_rng_state(state["rng"][RANK])
@@ -406,6 +412,7 @@ def write_sample(run):
     # A generator of its own: training draws from the others.
     generator = torch.Generator(run.device).manual_seed(run.config.seed + run.step)
     prompt = on_device(run.data.val[:16], run)[None]  # (1, T)
+    run.model.eval()
     length = min(100, run.config.max_position_embeddings - prompt.size(1))
     with run.autocast:
         new = generate(run.model, prompt, length, temperature=0.8, top_k=50, generator=generator)
@@ -421,7 +428,7 @@ def cut_metrics(run):
     """Cuts off metrics.jsonl, an object a step, what comes after run.step or was torn by a kill."""
     with open(run.out / "metrics.jsonl", "a+b") as file:
         size = file.seek(0)
-        for step in re.finditer(rb'.*"step": (\d+).*\n', file.read()):
+        for step in re.finditer(rb'.*?"step": (\d+).*\n', file.read()):
             if int(step[1]) > run.step:
                 break
             size = step.end()
@@ -511,7 +518,7 @@ def read_checkpoint(path, **kwargs):
         best = state["best"] or {"step": 0, "val_loss": 0.0}
         found = best | state | state["data"] | state["config"] | {"best": best["step"]}
         for name, kind in CONTENT.items():
-            if type(found[name]) is not kind or kind is int and found[name] < 0:
+            if kind(found[name]) != found[name] or kind is int and found[name] < 0:
                 raise TypeError(f"{name} = {found[name]!r:.60}")
     return state
 
@@ -583,7 +590,9 @@ def save(run):
     rng = of_all(rng_state())
     if RANK == 0:
         prepare.fsync(run.out / "metrics.jsonl")  # its rows come before their checkpoint
-        write_checkpoint(run.out / f"step_{run.step:06d}.pt", run.state() | {"rng": rng})
+        path = run.out / f"step_{run.step:06d}.pt"
+        write_checkpoint(path, run.state() | {"rng": rng})
+        read_checkpoint(path, mmap=True)  # raises before an older one is gone
         for path in checkpoints(run.out)[:-run.config.keep_checkpoints]:  # (0: all)
             if not run.best or step_of(path) != run.best["step"]:
                 path.unlink()
@@ -599,8 +608,8 @@ def set_up_machine(config):
         device, dtype, reason = pick_device(config.device, config.dtype)
     except ValueError as e:
         fail(e, 2)
-    machine = {"torch": str(torch.__version__), "threads": torch.get_num_threads(),
-               "processes": WORLD_SIZE, "dtype": str(dtype)[6:]}
+    machine = {"torch": str(torch.__version__), "numpy": np.__version__, "dtype": str(dtype)[6:],
+               "threads": torch.get_num_threads(), "processes": WORLD_SIZE}
     on_gpu = device.type == "cuda"
     if on_gpu:
         torch.cuda.set_device(device)
@@ -635,7 +644,7 @@ def set_up_machine(config):
 
 # --------------------------------------------------------------------------------- the command line
 
-# What makes a value of a text, by the type of its key. What is no bool, the choices refuse.
+# What makes a value of a text, by the type of its key. The choices refuse what is no bool.
 READERS = {bool: lambda text: {"true": True, "false": False}.get(text.lower(), text),
            int: prepare.number(int, 0, 2**48), float: prepare.number(float, 0, 2**48),
            str: prepare.typed_path}
@@ -668,7 +677,7 @@ def parse_args(argv):
     add("recipe", nargs="?", type=read_recipe, default=[],
         help="a file of plain assignments to the keys below")
     add("--resume", nargs="?", const=True, type=prepare.typed_path, metavar="PATH",
-        help="from the newest checkpoint in out_dir or a folder, or from a file; auto: if any")
+        help="continue the newest checkpoint of out_dir, or PATH: a folder, a file; auto: if any")
     for f in KEYS.values():
         choices = (True, False) if f.type is bool else f.metadata.get("choices")
         add(f"--{f.name}", type=READERS[f.type], default=argparse.SUPPRESS, choices=choices,
@@ -749,7 +758,7 @@ def load_run(source, overrides):
         try:
             model = from_pretrained(source)
         except ValueError as e:
-            fail(f"init_from: {e}")
+            fail(f"init_from: {e} (of a run: the folder that tools.export makes)")
         base = asdict(model.config)
     for name in (*SIZES, "optimizer"):
         if name in base and overrides.get(name, base[name]) != base[name]:
@@ -795,6 +804,8 @@ def set_up(source, overrides):
         if state:
             run.load(state)
     except Exception as e:  # a stranger's file can be wrong in any way
+        if is_out_of_memory(e):
+            raise
         fail(f"the checkpoint does not hold a run: {e!r}")
     mine = (run.step, run.data.fingerprint, asdict(config) | {"out_dir": "", "data_dir": ""})
     starts = of_all(mine)
@@ -805,13 +816,15 @@ def set_up(source, overrides):
         is_whole = WORLD_SIZE == 1 and config.micro_batch_size in (0, config.batch_size)
         run.model.compile_for_training(config.batch_size * config.block_size if is_whole else 0)
     if WORLD_SIZE > 1:
-        run.net = DistributedDataParallel(run.model, gradient_as_bucket_view=True)
+        run.net = DistributedDataParallel(run.model, gradient_as_bucket_view=True,
+                                          broadcast_buffers=False)
     return run
 
 
 def set_up_folder(run, lock):
     """Readies out_dir, shows what will be done. Checkpoints later than run.step are set aside."""
     config, data, meta, saved = run.config, run.data, run.data.meta, checkpoints(run.out)
+    (run.out / "checkpoint.tmp").unlink(missing_ok=True)  # of a kill: its room is free
     count = config.keep_checkpoints + 2 - len(saved)  # two: the best, and one being written
     size = 12 * run.size / 1e9  # GB of one: a weight and two means, in fp32
     disk = next(path for path in (run.out, *run.out.parents) if path.exists())
@@ -833,11 +846,14 @@ def set_up_folder(run, lock):
     B, T, steps = config.batch_size, config.block_size, config.max_steps
     epochs = steps * B / blocks_per_epoch(len(data.train), T)
     stand_in = f", STAND-IN {meta['stand_in']}" if meta["stand_in"] else ""
+    late, end = "", config.lr_decay_steps
+    if end < steps:
+        late = f"\n         the rate is min_lr from step {end} on (--lr_decay_steps decays anew)"
     show(f"""\
 data     {data.folder}{stand_in}: {len(data.train):,} training and {len(data.val):,} held-out tokens
          of {meta['source']}
 model    {run.size:,} parameters
-run      steps {run.step} to {steps}, {B} x {T} = {B * T:,} tokens a step, {epochs:.1f} epochs
+run      steps {run.step} to {steps}, {B} x {T} = {B * T:,} tokens a step, {epochs:.1f} epochs{late}
 writes   {run.out}/: checkpoints of {size:.2f} GB, metrics, samples""")
 
 
