@@ -54,7 +54,9 @@ HUB_NAME = r"\w[\w.-]*/\w[\w.-]*"  # USER/NAME, and no path of a folder
 
 
 class Linear(nn.Module):
-    """nn.Linear without a bias and without random numbers, which SmolLM2 draws once for all."""
+    """nn.Linear without a bias and without random numbers, which SmolLM2 draws once for all.
+
+    What changes here (a bias, say) has to change in linears, too."""
 
     def __init__(self, in_features, out_features):
         super().__init__()
@@ -69,10 +71,11 @@ class Linear(nn.Module):
 
 
 def linears(x, *layers):
-    """The outputs of several layers on one x (B, T, in_features), by their weights alone."""
-    if x.size(1) == 1:  # decoding: a concatenation would copy the weights at each token
+    """The outputs of several layers on one x (B, T, in_features): for Linears one product."""
+    others = [layer for layer in layers if type(layer) is not Linear]  # an adapter, a quantized one
+    if others or x.size(1) == 1:  # decoding: a concatenation would copy the weights at each token
         return [layer(x) for layer in layers]
-    # One product. Compiled, torch.cat is fused with autocast's cast of the weights: it is free.
+    # Compiled, torch.cat is fused with autocast's cast of the weights: it is free.
     weight = torch.cat([layer.weight for layer in layers])
     return F.linear(x, weight).split([len(layer.weight) for layer in layers], -1)
 
