@@ -360,10 +360,13 @@ def generate(model, idx, max_new_tokens, compile=False, **sampling):
     cos, sin = rotary_table(size, config, idx.device)
     shape = math.ceil(size / PAGE) + 1, B * config.num_key_value_heads
     caches = [(zeros(*shape, D, PAGE), zeros(*shape, PAGE, D)) for _ in model.model.layers]
-    run_layer, next_logits = DecoderLayer.forward, SmolLM2.next_logits
+    of_prompt = of_token = DecoderLayer.forward, SmolLM2.next_logits
+    if compile:  # not for a prompt: its length is new each time
+        of_token = [torch.compile(function, options=DECODE_OPTIONS) for function in of_prompt]
 
     def read(idx, positions):
         """The logits (B, V) after the tokens idx (B, T) at positions (T,), which join the cache."""
+        run_layer, next_logits = of_prompt if idx.size(1) > 1 else of_token
         x = model.embed(idx)
         if compile and idx.numel() == 1:
             x = x.float()  # a single row costs nothing
@@ -381,15 +384,13 @@ def generate(model, idx, max_new_tokens, compile=False, **sampling):
             pages = max(2, math.ceil(used / PAGE))  # (compiled, a size of 1 would be a constant)
             in_use = [(keys[:pages], values[:pages]) for keys, values in caches]
         if n == first and compile:
-            run_layer = torch.compile(run_layer, options=DECODE_OPTIONS)
-            next_logits = torch.compile(next_logits, options=DECODE_OPTIONS)
             for tensor in chain(*in_use):  # compiled once, for any number of pages
                 torch._dynamo.mark_dynamic(tensor, 0)
         if n == first and idx.is_cuda:  # the 1,850 launches of a step outlast their work
             with torch.autocast("cuda", enabled=False):  # on in a training's samples: not captured
                 read = torch.cuda.make_graphed_callables(read, (idx.clone(), positions))
         context = nullcontext()
-        if T > 1:  # a prompt is not compiled: its length is new each time
+        if T > 1:
             context = sdpa_kernel(PROMPT_KERNELS)  # without cuDNN, which plans up to 1 s for each T
         elif compile and n > first:
             # The first step has shown that what was compiled fits: it is not checked at each token.
