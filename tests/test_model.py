@@ -104,6 +104,22 @@ def test_logits_equal_transformers_at_other_sizes(shape, sizes):
     assert_same_gradients(ours, theirs)
 
 
+def test_an_adapter_around_one_of_the_layers_that_share_a_product_is_not_passed_over():
+    class Negative(M.Linear):
+        def forward(self, x):
+            return -super().forward(x)
+
+    ours, x, adapter = small(), some_ids(2, 9), Negative(48, 48)
+    attention = ours.model.layers[0].self_attn
+    with torch.no_grad():
+        adapter.weight = weight = attention.q_proj.weight
+        attention.q_proj, plain = adapter, attention.q_proj
+        found = ours(x)[0]
+        attention.q_proj = plain
+        weight.neg_()
+        assert torch.allclose(found, ours(x)[0], atol=1e-5)
+
+
 @pytest.mark.slow
 def test_logits_gradients_and_ten_adamw_steps_equal_transformers_at_full_size(full_size):
     ours, theirs = copy.deepcopy(full_size), transformers_twin(full_size)
