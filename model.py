@@ -517,14 +517,13 @@ def keep_freed_memory():
 
 def main():
     model = SmolLM2(SmolLM2Config())
-    print(f"{model}\n\n{'component':<14}{'parameters':>13}{'share':>9}")
+    print(f"{model}\n\n{'component':<26}{'parameters':>13}{'share':>9}")
     sizes = Counter()
     for name, p in model.named_parameters():
-        component = "norms" if "norm" in name else name.split(".")[-2]
-        sizes[component] += p.numel()
+        sizes[name.split(".")[-2]] += p.numel()
     sizes["total"] = sizes.total()
     for component, n in sizes.items():
-        print(f"{component:<14}{n:>13,}{n / sizes['total']:>9.2%}")
+        print(f"{component:<26}{n:>13,}{n / sizes['total']:>9.2%}")
 
 
 if __name__ == "__main__":
