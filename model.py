@@ -112,7 +112,7 @@ def apply_rotary(x, cos, sin):
 def attention(q, k, v):
     """Causal attention (B, H, T, D) of q (B, H, T, D) over k and v (B, H_kv, T, D).
 
-    The next two functions compute the same, faster: a change belongs into all three."""
+    The next two functions compute the same, faster: a change belongs in all three."""
     device = q.device.type
     if device == "cpu" and torch.compiler.is_compiling():
         return cpu_attention(q, k, v)
@@ -270,7 +270,7 @@ class SmolLM2(nn.Module):
         self.lm_head = self.model.embed_tokens  # tied: one matrix reads and predicts
         self.loss_kernel = cross_entropy_and_gradient
         for p in self.parameters():
-            if p.dim() == 2 and not p.is_meta:  # (on meta it would take a second for nothing)
+            if p.dim() == 2 and not p.is_meta:  # also what a layer had set (on meta: slow)
                 nn.init.normal_(p, std=config.initializer_range)
 
     def forward(self, idx, targets=None):
@@ -292,6 +292,7 @@ class SmolLM2(nn.Module):
         return x
 
     def run_layers(self, x, rotary):
+        """Training's way through the layers; generate has its own, with a cache."""
         for layer in self.model.layers:
             x = layer(x, rotary)
         return self.model.norm(x)
@@ -426,11 +427,11 @@ def config_from_hf(hf):
 
 
 def model_of(config, weights):
-    """The model that has these weights, themselves. Raises for other names or shapes."""
+    """The model that has these weights, in eval mode. Raises for other names or shapes."""
     with torch.device("meta"):
         model = SmolLM2(config)
     model.load_state_dict(dict(weights), assign=True)  # (a copy: torch leaves a note in the dict)
-    return model
+    return model.eval()
 
 
 def from_pretrained(source):
@@ -504,7 +505,7 @@ def worth_compiling(device, max_new_tokens):
 
 def is_out_of_memory(error):
     """Whether it is that, under whatever name: a CPU's is a RuntimeError."""
-    return isinstance(error, MemoryError) or "allocate" in str(error)
+    return isinstance(error, MemoryError) or bool(re.search("(?i)alloc|out of memory", str(error)))
 
 
 def keep_freed_memory():

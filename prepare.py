@@ -248,7 +248,7 @@ def check_decoded(name, text, decoded, allowed):
     """Raises ValueError where a character of a text has no token, unless that is allowed."""
     if decoded != text:
         place = min(len(os.path.commonprefix([text, decoded])), len(text) - 1)
-        message = f"no token for U+{ord(text[place]):04X}, character {place:,} of {name}"
+        message = f"no token for U+{ord(text[place]):04X} as it is, character {place:,} of {name}"
         if not allowed:
             raise ValueError(f"{message}; remove such characters, or --allow_unrepresentable")
         log(f"dropped: {message}, and perhaps others")

@@ -33,10 +33,10 @@ def parse_args(argv):
         "a folder in Hugging Face's format, or a hub name [out]")
     add("--temperature", type=number(float, 0, 1e6), default=0.8,
         help="below 1 likelier, above 1 wilder tokens; 0: always the likeliest [0.8]")
-    add("--top_k", type=number(int, 0, 2**31), default=50, help="of the k likeliest; 0: all [50]")
+    add("--top_k", type=number(int, 0), default=50, help="of the k likeliest; 0: all [50]")
     add("--top_p", type=number(float, 0, 1), default=1.0,
         help="of the likeliest that together have this probability [1]")
-    add("--seed", type=number(int, 0, 2**63 - 1), default=1337, help="of the choices [1337]")
+    add("--seed", type=number(int, 0), default=1337, help="of the choices [1337]")
     add("--max_new_tokens", type=number(int, 1, 2**31), default=200, help="at most [200]")
     add("--num_samples", type=number(int, 1, 4096), default=1, help="texts, made in one batch [1]")
     add("--stop", action="append", default=[], metavar="TEXT", help="end before this text")

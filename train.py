@@ -190,12 +190,12 @@ def make_optimizers(model, config, dtype):
     matrices = [p for p in model.parameters() if p.dim() >= 2]
     norms = [p for p in model.parameters() if p.dim() < 2]
     if config.optimizer == "muon":
-        alike = zip(*[layer.parameters() for layer in model.model.layers], strict=True)
+        alike = zip(*[layer.parameters() for layer in model.model.layers])
         groups = [{"params": params} for params in alike if params[0].dim() == 2]
         optimizers["muon"] = Muon(groups, {"lr": config.muon_learning_rate, "dtype": dtype,
                                            "weight_decay": config.weight_decay})
         taken = {p for group in groups for p in group["params"]}
-        matrices = [p for p in matrices if p not in taken]  # the embedding, which is the head
+        matrices = [p for p in matrices if p not in taken]  # the embedding, and what else there is
     groups = [{"params": matrices, "weight_decay": config.weight_decay},
               {"params": norms, "weight_decay": 0.0}]
     betas = (config.beta1, config.beta2)
@@ -441,7 +441,7 @@ def log_step(run, row, bar):
         file.write(json.dumps(row) + "\n")
     if "val_loss" in row:
         loss, meta = row["val_loss"], run.data.meta
-        bits = loss / math.log(2) * meta["val_tokens"] / max(1, meta["val_bytes"])
+        bits = loss / math.log(2) * meta["val_tokens"] / meta["val_bytes"]
         note = " (on STAND-IN data)" if meta["stand_in"] else ""
         show(f"step {run.step}: held-out loss {loss:.4f}, {bits:.4f} bits per byte, perplexity "
              f"{math.exp(min(loss, 99)):.2f}; best {run.best['val_loss']:.4f} at step "
@@ -555,8 +555,9 @@ def load_checkpoint(source, **kwargs):
 
 def hint_of_best(folder, state):
     """Where a checkpoint's run had its lowest held-out loss, in brackets; "" if it is the last."""
-    interval, best = state["config"]["eval_interval"] or 1, state["best"]
-    is_latest = not best or best["step"] + interval > state["step"]  # nothing after it was measured
+    best = state["best"]
+    # (with nothing measured since, it is the last)
+    is_latest = not best or best["step"] + state["config"]["eval_interval"] > state["step"]
     if is_latest or not (folder / f"step_{best['step']:06d}.pt").exists():
         return ""
     path = shlex.quote(str(folder / "best"))
@@ -816,8 +817,7 @@ def set_up(source, overrides):
         is_whole = WORLD_SIZE == 1 and config.micro_batch_size in (0, config.batch_size)
         run.model.compile_for_training(config.batch_size * config.block_size if is_whole else 0)
     if WORLD_SIZE > 1:
-        run.net = DistributedDataParallel(run.model, gradient_as_bucket_view=True,
-                                          broadcast_buffers=False)
+        run.net = DistributedDataParallel(run.model, gradient_as_bucket_view=True)
     return run
 
 
@@ -846,15 +846,14 @@ def set_up_folder(run, lock):
     B, T, steps = config.batch_size, config.block_size, config.max_steps
     epochs = steps * B / blocks_per_epoch(len(data.train), T)
     stand_in = f", STAND-IN {meta['stand_in']}" if meta["stand_in"] else ""
-    late, end = "", config.lr_decay_steps
-    if end < steps:
-        late = f"\n         the rate is min_lr from step {end} on (--lr_decay_steps decays anew)"
     show(f"""\
 data     {data.folder}{stand_in}: {len(data.train):,} training and {len(data.val):,} held-out tokens
          of {meta['source']}
 model    {run.size:,} parameters
-run      steps {run.step} to {steps}, {B} x {T} = {B * T:,} tokens a step, {epochs:.1f} epochs{late}
+run      steps {run.step} to {steps}, {B} x {T} = {B * T:,} tokens a step, {epochs:.1f} epochs
 writes   {run.out}/: checkpoints of {size:.2f} GB, metrics, samples""")
+    if config.lr_decay_steps < steps:
+        show(f"rate     min_lr from step {config.lr_decay_steps} on (--lr_decay_steps decays anew)")
 
 
 def main(argv):
