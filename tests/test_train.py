@@ -163,6 +163,20 @@ def test_evaluation_and_samples_do_not_touch_the_training(run):
     assert intact("bare") == [5] and not Path("bare/samples").exists()
 
 
+def test_only_training_is_in_train_mode(tiny, monkeypatch):
+    real, modes = train.SmolLM2.embed, []
+    monkeypatch.setattr(train.SmolLM2, "embed",
+                        lambda model, idx: modes.append(model.training) or real(model, idx))
+    assert tiny(max_steps=2, eval_interval=1, sample_interval=1).code == 0
+    assert modes[0] and modes.count(True) == 2 and len(modes) > 100
+
+
+def test_what_could_not_be_loaded_again_ends_the_run_at_its_first_checkpoint(tiny, monkeypatch):
+    monkeypatch.setattr(train, "evaluate", lambda run: np.float64(run.step))
+    with pytest.raises(ValueError, match="step_000001"):
+        tiny(max_steps=3, eval_interval=1, checkpoint_interval=1)
+
+
 def test_the_held_out_loss_is_the_mean_over_the_whole_split_each_token_once():
     val = np.random.default_rng(0).integers(256, size=131).astype("<u2")
     run = new_run(Mock(val=val), initializer_range=0.5)
@@ -219,6 +233,9 @@ def test_a_parameter_group_keeps_a_rate_of_its_own(tiny, monkeypatch):
         assert tiny("--resume=auto", max_steps=steps).code == 0
         weights = train.read_checkpoint(f"out/step_00000{steps}.pt")["model"]
         assert all((weight == 1).all() == ("norm" in name) for name, weight in weights.items())
+    monkeypatch.setattr(train, "make_optimizers", lambda model, *_: {
+        "optimizer": torch.optim.AdamW(model.parameters())})  # all in one group
+    refused(tiny("--resume", max_steps=6), "parameter groups", code=1)
 
 
 @pytest.mark.parametrize("columns", [64, 160])  # the two ways of orthogonal
@@ -286,6 +303,9 @@ def test_an_infinite_gradient_in_fp16_stops_every_optimizer_and_lowers_the_scale
     loss, norm = train.train_step(run, torch.randint(256, (4, 17)))
     assert math.isfinite(loss) and not math.isfinite(norm) and run.scaler.get_scale() == 2**15
     assert all(torch.equal(p, old) for p, old in zip(run.model.parameters(), before))
+    with pytest.raises(FloatingPointError):  # lowered to one, it has been no accident
+        for _ in range(16):
+            train.train_step(run, torch.randint(256, (4, 17)))
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
