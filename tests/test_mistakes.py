@@ -75,6 +75,8 @@ MISTAKES = {  # (script, exit code): what is typed, and what the line says
     (corpus, 2): [
         ("", "--input"), ("--input good.jsonl --max_tokens 0", "--max_tokens"),
         ("--dataset good.jsonl", "good.jsonl"), ("--input good.jsonl --dataset x", "--dataset")],
+    (sample, 1): [(f"--checkpoint={name}", "python train.py config/smollm2.py") for name in
+                  "out best /no/such wdata ./wdata none/step_000001.pt".split()],
     (sample, 2): [(word, word.partition("=")[0]) for word in """--temperature=-1 --temperature=nan
         --temperature=hot --temprature=1 --top_k=1.5 --top_p=1.1 --max_new_tokens=0 --num_samples=0
         --seed=-1 --stop= --dtype=int8 --device=tpu9 --prompt=\udcff --prompt=-""".split()],
@@ -111,6 +113,8 @@ def test_a_mistake_is_a_line_and_changes_nothing(script, code, typed, words, sta
     if script is corpus:
         pytest.importorskip("datasets")
         write("data/mine", "")
+    if script is sample:  # no hub is asked
+        monkeypatch.setattr("huggingface_hub.snapshot_download", None)
     for package in ("datasets", "gradio", "matplotlib"):
         if package in words:  # the line says that it is missing
             monkeypatch.setitem(sys.modules, package, None)

@@ -77,27 +77,24 @@ def test_it_ends_at_endoftext(num_samples, out, run_dir, tokenizer, monkeypatch)
     assert next(tokens)[0] == made[-1]  # nothing was made after the end
 
 
-def stream(tokenizer, prompt, text, stops=()):
-    """The pieces in which text comes after prompt, and the ids of text."""
-    before, ids = tokenizer.encode(prompt), tokenizer.encode(text)
-    return list(sample.stream(ids, tokenizer.backend_tokenizer, None, before, stops)), ids
+def stream(tokenizer, prompt, ids, stops=()):
+    """The pieces in which the text of ids comes after prompt."""
+    before = tokenizer.encode(prompt)
+    return list(sample.stream(ids, tokenizer.backend_tokenizer, None, before, stops))
 
 
 @pytest.mark.parametrize("text", ["naïve café", "🙂🙃 👩‍👩‍👧‍👦", "日本語。", "𝔘𝔫𝔦 ≈√", "plain\n\n  text "])
 @pytest.mark.parametrize("prompt", ["", "Say: ", "🙂"])
 def test_characters_split_over_tokens_come_out_whole(tokenizer, prompt, text):
-    pieces, ids = stream(tokenizer, prompt, text)
+    ids = tokenizer.encode(text)
+    pieces = stream(tokenizer, prompt, ids)
     assert "".join(pieces) == text == tokenizer.decode(ids)
     assert not any("\ufffd" in piece for piece in pieces)
+    assert sum(bool(piece) for piece in pieces) > 1  # and it does stream
     if text.startswith("🙂"):
         assert any("\ufffd" in tokenizer.decode([i]) for i in ids)  # they are split, indeed
-    assert sum(bool(piece) for piece in pieces) > 1  # and it does stream
-
-
-def test_a_character_that_never_becomes_whole_does_not_hold_up_the_end(tokenizer):
-    before, ids = tokenizer.encode("x"), tokenizer.encode("a🙂")[:-1]
-    *pieces, last = sample.stream(ids, tokenizer.backend_tokenizer, None, before, [])
-    assert "".join(pieces) == "a" and "a" not in last
+        *pieces, _ = stream(tokenizer, prompt, ids[:-1])  # the last one never becomes whole
+        assert "".join(pieces) == text[:-1]
 
 
 @pytest.mark.parametrize("prompt, text, stops, shown", [
@@ -107,7 +104,7 @@ def test_a_character_that_never_becomes_whole_does_not_hold_up_the_end(tokenizer
     ("Say: ", "a 🙂 b 🙃 c", ["🙃"], "a 🙂 b ")],
     ids=["it comes", "it only begins", "in the prompt, and the first of two", "split characters"])
 def test_a_stop_text_is_never_shown_not_even_its_beginning(tokenizer, prompt, text, stops, shown):
-    pieces, _ = stream(tokenizer, prompt, text, stops)
+    pieces = stream(tokenizer, prompt, tokenizer.encode(text), stops)
     assert "".join(pieces) == shown
     assert all(shown.startswith("".join(pieces[:n])) for n in range(len(pieces)))
 
@@ -121,15 +118,9 @@ def test_the_newest_checkpoint_of_out_is_the_default_and_best_the_best(run_dir):
         result = run_sample(max_new_tokens=1, checkpoint=checkpoint)
         assert f"{file}: step {train.step_of(file)}" in result.err
         assert ("--checkpoint out/best" in result.err) == (file == newest)  # a hint
+    older.write_text("not a checkpoint")
+    result = run_sample(checkpoint=older)
+    expect_end(result, [1], older)
+    assert f"{older} is damaged" in result.err
     older.unlink()
     refused(run_sample(checkpoint="best"), older, code=1)
-
-
-def test_what_is_no_checkpoint_is_refused_and_no_hub_is_asked(monkeypatch):
-    monkeypatch.setattr("huggingface_hub.snapshot_download", None)
-    for typed in ("out", "best", "/no/such", "wdata", "./wdata", "none/step_000001.pt"):
-        refused(run_sample(checkpoint=typed), "python train.py config/smollm2.py", code=1)
-    Path("text.pt").write_text("not a checkpoint")
-    result = run_sample(checkpoint="text.pt")
-    expect_end(result, [1], "text.pt")
-    assert "text.pt is damaged" in result.err
