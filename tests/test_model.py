@@ -8,7 +8,7 @@ from unittest.mock import Mock, patch
 import pytest
 import torch
 import torch.nn.functional as F
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, TopKLogitsWarper, TopPLogitsWarper
 
 import model as M
 import prepare
@@ -19,7 +19,7 @@ from tools.bench import flops_per_token
 SMALL = dict(vocab_size=211, hidden_size=48, intermediate_size=80, num_hidden_layers=3,
              num_attention_heads=6, num_key_value_heads=2, max_position_embeddings=2048,
              initializer_range=0.15)
-LLAMA = {**SMALL, "model_type": "llama", "tie_word_embeddings": True}
+FULL = asdict(SmolLM2Config())
 
 
 def small(**sizes):
@@ -40,14 +40,7 @@ def transformers_twin(ours):
     return theirs
 
 
-@pytest.fixture(scope="module")
-def full_size():
-    torch.manual_seed(0)
-    return SmolLM2(SmolLM2Config())
-
-
 def assert_same_gradients(model, expected):
-    assert len(list(expected.parameters())) == len(list(model.parameters()))
     for name, p in model.named_parameters():
         wanted = expected.get_parameter(name).grad
         assert (p.grad - wanted).norm() <= 1e-4 * wanted.norm(), name
@@ -63,7 +56,6 @@ def test_it_has_134_515_008_parameters_with_the_names_and_shapes_of_transformers
         ours = SmolLM2(SmolLM2Config())
         theirs = transformers_twin(ours)
         M.main()
-    assert sum(p.numel() for p in ours.parameters()) == 134_515_008
     found, wanted = ours.state_dict(), theirs.state_dict()
     assert {k: v.shape for k, v in found.items()} == {k: v.shape for k, v in wanted.items()}
     assert ours.lm_head.weight is ours.model.embed_tokens.weight
@@ -74,15 +66,16 @@ def test_it_has_134_515_008_parameters_with_the_names_and_shapes_of_transformers
 
 
 @pytest.mark.slow
-def test_the_first_weights_and_the_first_loss(full_size, data_dir):
-    for name, p in full_size.named_parameters():
+def test_the_first_weights_and_the_first_loss(data_dir):
+    ours = small(**FULL)
+    for name, p in ours.named_parameters():
         if p.dim() == 2:
             assert p.std().item() == pytest.approx(1 / 24, rel=0.01) and abs(p.mean()) < 0.001, name
         else:
             assert torch.equal(p, torch.ones_like(p)), name
     ids = torch.tensor(prepare.Data(data_dir).train[:4 * 257].tolist()).view(4, 257)
     with torch.no_grad():
-        _, loss = full_size(ids[:, :-1], ids[:, 1:])
+        _, loss = ours(ids[:, :-1], ids[:, 1:])
     assert loss.item() == pytest.approx(11.3, abs=0.12)
 
 
@@ -109,21 +102,19 @@ def test_an_adapter_around_one_of_the_layers_that_share_a_product_is_not_passed_
         def forward(self, x):
             return -super().forward(x)
 
-    ours, x, adapter = small(), some_ids(2, 9), Negative(48, 48)
-    attention = ours.model.layers[0].self_attn
+    adapted, negated, x = small(), small(), some_ids(2, 9)
+    attention, adapter = adapted.model.layers[0].self_attn, Negative(48, 48)
     with torch.no_grad():
-        adapter.weight = weight = attention.q_proj.weight
-        attention.q_proj, plain = adapter, attention.q_proj
-        found = ours(x)[0]
-        attention.q_proj = plain
-        weight.neg_()
-        assert torch.allclose(found, ours(x)[0], atol=1e-5)
+        negated.model.layers[0].self_attn.q_proj.weight.neg_()
+        adapter.weight = attention.q_proj.weight
+        attention.q_proj = adapter
+        assert torch.allclose(adapted(x)[0], negated(x)[0], atol=1e-5)
 
 
 @pytest.mark.slow
-def test_logits_gradients_and_ten_adamw_steps_equal_transformers_at_full_size(full_size):
-    ours, theirs = copy.deepcopy(full_size), transformers_twin(full_size)
-    ids = some_ids(1, 513, 49152)
+def test_logits_gradients_and_ten_adamw_steps_equal_transformers_at_full_size():
+    ours = small(**FULL)
+    theirs, ids = transformers_twin(ours), some_ids(1, 513, 49152)
     with torch.no_grad():
         assert (ours(ids)[0] - theirs(ids).logits).abs().max().item() < 1e-4
     groups = [{"params": [p], "weight_decay": 0.1 * (p.dim() > 1)} for p in theirs.parameters()]
@@ -248,29 +239,26 @@ def lively(m):
     return m
 
 
-def assert_greedy(m, prompt, tokens, distinct=30):
+def assert_greedy(m, prompt, tokens):
     """Each token is the likeliest after all before it, by a pass over the whole text, uncached."""
     text = torch.cat((prompt, torch.stack(list(tokens), dim=1)), dim=1)
     with torch.no_grad():
         likeliest = m(text[:, :-1])[0].argmax(-1)
     T = prompt.size(1)
     assert torch.equal(text[:, T:], likeliest[:, T - 1:])
-    assert len(text[0, T:].unique()) > distinct  # what repeats itself would prove nothing
+    distinct = min(30, len(tokens) // 4)  # what repeats itself would prove nothing
+    assert len(text[0, T:].unique()) > distinct
 
 
-@pytest.mark.slow
-def test_the_cache_changes_no_token_at_full_size(full_size):
-    m, prompt = lively(copy.deepcopy(full_size)), some_ids(1, 20, 49152, seed=3)
-    assert_greedy(m, prompt, generate(m, prompt, 40, temperature=0), distinct=10)
-
-
-@pytest.mark.parametrize("kv_heads, B, T, n, dtype, tolerance", [
-    (2, 2, 1, 400, torch.float32, 1e-3), (6, 1, 300, 200, torch.float32, 1e-3),
-    (2, 1, 63, 150, torch.float32, 1e-3), (2, 1, 64, 150, torch.float32, 1e-3),
-    (1, 3, 65, 150, torch.float32, 1e-3), (2, 2, 20, 150, torch.bfloat16, 0.3)])
-def test_the_cache_changes_no_token_and_hardly_a_logit(kv_heads, B, T, n, dtype, tolerance):
-    """Of hundreds. The cache lies in blocks of 64 positions."""
-    m, prompt = lively(small(num_key_value_heads=kv_heads)).to(dtype), some_ids(B, T)
+@pytest.mark.parametrize("sizes, B, T, n, dtype, tolerance", [
+    ({}, 2, 1, 400, torch.float32, 1e-3), ({}, 1, 63, 150, torch.float32, 1e-3),
+    ({}, 1, 64, 150, torch.float32, 1e-3), ({}, 2, 20, 150, torch.bfloat16, 0.3),
+    (dict(num_key_value_heads=1), 3, 65, 150, torch.float32, 1e-3),
+    (dict(num_key_value_heads=6), 1, 300, 200, torch.float32, 1e-3),
+    pytest.param(FULL, 1, 20, 40, torch.float32, 1e-3, marks=pytest.mark.slow)])
+def test_the_cache_changes_no_token_and_hardly_a_logit(sizes, B, T, n, dtype, tolerance):
+    """Of hundreds, and at full size. The cache lies in blocks of 64 positions."""
+    m, prompt = lively(small(**sizes)).to(dtype), some_ids(B, T)
     with patch.object(M, "sample_token", wraps=M.sample_token) as sampling:
         tokens = list(generate(m, prompt, n, temperature=0))
     logits = torch.stack([call.args[0].float() for call in sampling.call_args_list], dim=1)
@@ -308,27 +296,22 @@ def test_more_positions_than_the_model_has_are_a_clear_error():
     {}, dict(temperature=0.5), dict(top_k=6), dict(top_p=0.8),
     dict(top_k=7, top_p=0.7, temperature=1.5)])
 def test_tokens_come_with_the_probabilities_of_the_softmax(sampling):
-    """Chi-square against probabilities computed the long way."""
+    """Chi-square against the probabilities that transformers samples by."""
     logits, n = 1.5 * torch.randn(12, generator=torch.Generator().manual_seed(1)), 20_000
-    probs = torch.softmax(logits.double() / sampling.get("temperature", 1.0), 0).tolist()
-    order = sorted(range(12), key=lambda i: -probs[i])[:sampling.get("top_k", 12)]
-    whole = sum(probs[i] for i in order)
-    kept, mass = [], 0.0
-    for i in order:
-        if mass < sampling.get("top_p", 1.0):
-            kept.append(i)
-            mass += probs[i] / whole
+    scores = logits.double()[None] / sampling.get("temperature", 1.0)
+    scores = TopKLogitsWarper(sampling.get("top_k", 12))(None, scores)
+    scores = TopPLogitsWarper(sampling.get("top_p", 1.0))(None, scores)
+    expected = n * scores[0].softmax(-1)
     generator = torch.Generator().manual_seed(0)
     drawn = sample_token(logits.expand(n, -1).clone(), generator=generator, **sampling)
-    counts = torch.bincount(drawn, minlength=12).tolist()
-    assert {i for i, c in enumerate(counts) if c} <= set(kept)
-    expected = {i: n * probs[i] / sum(probs[j] for j in kept) for i in kept}
-    chi2 = sum((counts[i] - wanted)**2 / wanted for i, wanted in expected.items())
-    assert chi2 < 3 * len(kept) + 10, (chi2, counts)  # beyond the 99.9th percentile at these sizes
+    counts, kept = torch.bincount(drawn, minlength=12), expected > 0
+    assert not counts[~kept].any()
+    chi2 = ((counts - expected)**2 / expected)[kept].sum()
+    assert chi2 < 3 * kept.sum() + 10, (chi2, counts)  # beyond the 99.9th percentile at these sizes
 
 
 def test_weights_come_from_transformers_to_the_bit_and_never_from_a_pickle(tmp_path):
-    ours = small(rms_norm_eps=3e-4)
+    ours = small(rms_norm_eps=3e-4, rope_theta=777.0)
     transformers_twin(ours).save_pretrained(tmp_path)
     back = M.from_pretrained(str(tmp_path))
     assert back.config == ours.config
@@ -336,8 +319,7 @@ def test_weights_come_from_transformers_to_the_bit_and_never_from_a_pickle(tmp_p
     transformers_twin(ours).bfloat16().save_pretrained(tmp_path)
     half = M.from_pretrained(str(tmp_path))
     assert {p.dtype for p in half.parameters()} == {torch.float32}
-    for m in (back, half):
-        assert m.lm_head.weight is m.model.embed_tokens.weight
+    assert all(m.lm_head.weight is m.model.embed_tokens.weight for m in (back, half))
     torch.save(ours.state_dict(), tmp_path / "pytorch_model.bin")
     (tmp_path / "model.safetensors").unlink()
     with pytest.raises(ValueError, match="Missing key"):
@@ -345,12 +327,11 @@ def test_weights_come_from_transformers_to_the_bit_and_never_from_a_pickle(tmp_p
 
 
 def test_config_json_is_read_as_transformers_reads_it():
-    """Both ways to write the rotary base, and defaults for what is left out."""
-    parameters = {"rope_theta": 777.0, "rope_type": "default"}
-    for rope in ({"rope_theta": 777}, {"rope_parameters": parameters}):  # (777 is no float)
-        assert repr(M.config_from_hf({**LLAMA, **rope}).rope_theta) == "777.0"
+    """The older way to write the rotary base, as an int, too; defaults for what is left out."""
+    llama = {**SMALL, "model_type": "llama", "tie_word_embeddings": True}
+    assert repr(M.config_from_hf({**llama, "rope_theta": 777}).rope_theta) == "777.0"
     left_out = ("max_position_embeddings", "initializer_range", "num_key_value_heads")
-    hf = {k: v for k, v in LLAMA.items() if k not in left_out}
+    hf = {k: v for k, v in llama.items() if k not in left_out}
     found, theirs = M.config_from_hf(hf), LlamaConfig(**hf)
     for key in (*left_out, "rms_norm_eps"):
         assert getattr(found, key) == getattr(theirs, key), key
