@@ -355,6 +355,8 @@ def test_the_run_is_a_whole_whatever_became_of_its_data(data, run, monkeypatch):
         refused(resume_here("out", *argv, max_steps=4), "another tokenizer", code=1)
     Path("out/tokenizer").rename("kept")
     assert sampled().code == 1  # the data's is another, and not taken
+    with pytest.raises(ValueError, match="json does not load: No such file"):  # no hub is asked
+        prepare.open_tokenizer("out/tokenizer")
     Path("kept").rename("out/tokenizer")
     shutil.rmtree("data")
     assert sampled() == wanted
