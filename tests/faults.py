@@ -27,7 +27,8 @@ def listed(wanted):
 
 
 def is_caught(row, test):
-    """Whether the test fails with the fault in place."""
+    """Shows a fault; whether the test fails with it in place."""
+    print(row, flush=True)
     what, code, fault = row.split(" | ")
     with tempfile.TemporaryDirectory() as folder:
         ignored = shutil.ignore_patterns(".git", "out*", "data", "__pycache__")
@@ -42,11 +43,8 @@ def is_caught(row, test):
 
 def main():
     wanted, first, last = [*sys.argv[1:], *["", 0, 999][len(sys.argv) - 1:]]
-    missed = []
-    for row, test in listed(wanted)[int(first):int(last)]:
-        print(row, flush=True)
-        if not is_caught(row, test):
-            missed.append(row)
+    rows = listed(wanted)[int(first):int(last)]
+    missed = [row for row, test in rows if not is_caught(row, test)]
     sys.exit("not caught: " + "; ".join(missed) if missed else 0)
 
 

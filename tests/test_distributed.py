@@ -60,7 +60,6 @@ def test_one_process_writes_and_prints_and_each_has_random_numbers_of_its_own(un
     assert "processes 2" in first and f"step {STEPS}/{STEPS}: " in first and not second, second
     files = {path.name for path in out.iterdir() if path.suffix != ".pt"}
     assert files == {".lock", "metrics.jsonl", "run.json", "tokenizer"}
-    assert [line["step"] for line in metrics(out)] == list(range(1, STEPS + 1))
     state = train.load_checkpoint(out)[1]
     assert len(state["rng"]) == state["machine"]["processes"] == 2 and differences(*state["rng"])
 

@@ -156,8 +156,7 @@ def test_push_to_hub_uploads_the_folder(run_dir, monkeypatch):
     hub.create_repo.assert_called_once_with("me/bard", private=True, exist_ok=True)
     sent = hub.upload_folder.call_args.kwargs
     assert (sent["repo_id"], sent["folder_path"]) == ("me/bard", Path("exported"))
-    files = {"model.safetensors", "config.json", "generation_config.json", "tokenizer.json"}
-    assert files <= set(os.listdir("exported"))
+    assert os.path.exists("exported/generation_config.json")  # the other files are read above
     assert "pretrained=me/bard" in Path("exported/README.md").read_text(encoding="utf-8")
     hub.create_repo.side_effect = OSError("no login")
     expect_end(run_main(export.main, *argv), [1], "no login")
