@@ -13,6 +13,7 @@ import contextlib
 import glob
 import gzip
 import hashlib
+import json
 import os
 from collections import Counter
 from itertools import chain, islice
@@ -23,7 +24,8 @@ from tqdm import tqdm
 
 import prepare
 
-READERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".arrow": "arrow"}
+READERS = {".jsonl": "lines", ".json": "json", ".parquet": "parquet", ".arrow": "arrow"}
+NO_DOCUMENTS = ("dataset_info.json", "dataset_dict.json", "state.json")  # save_to_disk writes them
 BATCH = 2**22  # characters encoded together
 
 
@@ -58,8 +60,12 @@ def files_below(folder):
     found = []
     for path, folders, names in os.walk(folder, onerror=raise_error):
         folders[:] = [name for name in folders if not name.startswith(".")]
+        for name in folders:
+            if os.path.islink(os.path.join(path, name)):  # it could lead back up
+                prepare.log(f"{os.path.join(path, name)}: a link to a folder; give it as --input")
         for name in names:
-            if suffix(name) in (".txt", ".md", *READERS) and not name.startswith("."):
+            is_known = suffix(name) in (".txt", ".md", *READERS) and name not in NO_DOCUMENTS
+            if is_known and not name.startswith("."):
                 found.append(os.path.join(path, name))
     return sorted(found)
 
@@ -72,11 +78,23 @@ def read_files(files, column):
     """Yields the documents of files."""
     for file in files:
         kind = READERS.get(suffix(file))
-        if kind:
+        if kind == "lines":
+            yield from read_records(read_lines(file), file, column)
+        elif kind:
             stream = open_stream(file, kind, data_files=[glob.escape(file)], split="train")
             yield from read_records(stream, file, column)
         else:
             yield file, read_text(file)  # the library's own reader changes line ends
+
+
+def read_lines(file):
+    """Yields the records of a .jsonl file. (The library takes the types of all its fields, also of
+    those that nobody asked for, from the first 10 MB, and ends where a later record differs.)"""
+    opened = gzip.open if file.lower().endswith(".gz") else open
+    with opened(file, "rt", encoding="utf-8-sig") as lines:
+        for line in lines:
+            if line.strip():
+                yield dict(json.loads(line))
 
 
 def read_text(file):
