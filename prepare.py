@@ -109,7 +109,7 @@ def decode_text(path, content):
     for beginning, advice in SIGNATURES.items():
         if re.match(beginning, content):
             raise ValueError(f"--input {path}: not UTF-8 text, but {advice.format(quoted)}")
-    with explaining(f"--input {path}: not UTF-8 text (if it is Latin-1: iconv -f LATIN1 -t UTF-8 "
+    with explaining(f"--input {path}: not UTF-8 text (if it is from Windows: iconv -f CP1252 -t UTF-8 "
                     f"{quoted} > new.txt)"):
         return content.decode().removeprefix("\ufeff")
 

@@ -48,7 +48,7 @@ MISTAKES = {  # (script, exit code): what is typed, and what the line says
     (prepare, 1): [
         ("none.txt", "none.txt"), ("empty.txt", "empty.txt, 0"), ("short.txt", "short.txt, 1"),
         ("utf16.txt", "UTF-16, iconv, utf16.txt"), ("bare.txt", "zero, UTF-16LE, bare.txt"),
-        ("latin1.txt", "0xe9, 2843, iconv, LATIN1, latin1.txt"),
+        ("latin1.txt", "0xe9, 2843, iconv, CP1252, latin1.txt"),
         *((f"{kind}.txt", f"{kind}, {kind}.txt") for kind in BEGINNINGS),
         ("gz.txt", "gzip, gunzip, gz.txt"), ("good.txt --tokenizer=a:b", "--tokenizer a:b"),
         ("good.txt --tokenizer=huge", "65,537, uint16"), ("good.txt --tokenizer=broken", "broken"),
@@ -87,9 +87,9 @@ MISTAKES = {  # (script, exit code): what is typed, and what the line says
                 ("binary", "binary"), ("whole", "matplotlib, tools/requirements.txt")],
     (plot, 2): [("", "RUN"), ("x --output plot.jpg", "plot.jpg")],
     (bench, 2): [("nonsense", "nonsense"), ("train --shapes=4", "BxT"), ("--runs=0", "--runs"),
-                 ("--what", "--what")],
+                 ("--what", "--what"), ("exact --data_dir=none", "none, python prepare.py")],
     (space, 2): [("full bad", "full is there"), ("new no/run/x", "no/run/x"), ("new", "checkpoint"),
-                 ("new bad bad", "name of its own")],
+                 ("new bad bad", "name of its own"), ("new nano", "nano, no model")],
     (demo, 2): [("--checkpoint=no/run/x", "no/run/x")],
     (demo, 1): [("", "gradio, tools/requirements.txt")]}
 

@@ -1,6 +1,6 @@
 """Measures this project against its peers and against the machine, side by side.
 
-    python -m tools.bench                          # everything below, half an hour on two cores
+    python -m tools.bench                          # train, decode, prepare: half an hour, two cores
     python -m tools.bench train --shapes 4x256     # one part
     python -m tools.bench decode prepare --output bench.json
     python -m tools.bench gpu --output gpu.json    # ten minutes on one card; a CPU: --shapes 2x64
@@ -402,7 +402,8 @@ def bench_exact(args, report):
                            f"--max_steps={step}", "--resume=auto"]
                 done = subprocess.run(command, capture_output=True, text=True)
                 if done.returncode:
-                    raise RuntimeError(done.stderr.strip().splitlines()[-1])
+                    said = done.stderr.strip().splitlines() or [f"ended by {done.returncode}"]
+                    raise RuntimeError(said[-1])
             tensors[name] = list(find_tensors(train.read_checkpoint(out / "step_000040.pt")))
             shutil.rmtree(out)
     for name in ("second", "resumed"):
@@ -471,6 +472,11 @@ STANDARD = ["train", "decode", "prepare"]
 GPU = ["tests", "exact", "train", "fast", "muon", "decode"]
 
 
+def path(text):
+    """A path as a shell takes it, from here."""
+    return os.path.abspath(prepare.typed_path(text))
+
+
 @prepare.command("tools.bench")
 def main(argv=None):
     parser = prepare.new_parser("tools.bench", __doc__)
@@ -483,12 +489,12 @@ def main(argv=None):
     add("--fast", dest="deterministic", action="store_false", help="train with deterministic=false")
     add("--dtype", choices=["bfloat16", "float16", "float32"], default="bfloat16",
         help="of the weights while decoding [bfloat16]")
-    add("--gguf", type=os.path.abspath, help="the model for llama.cpp, where llama-cpp-python is")
-    add("--data_dir", type=os.path.abspath, default=os.path.abspath(prepare.DEFAULT_OUT_DIR),
+    add("--gguf", type=path, help="the model for llama.cpp, where llama-cpp-python is")
+    add("--data_dir", type=path, default=os.path.abspath(prepare.DEFAULT_OUT_DIR),
         help="prepared data, whose text is tokenized again [data/shakespeare]")
-    add("--recipe", default=str(ROOT / "config" / "smollm2.py"),
+    add("--recipe", type=path, default=str(ROOT / "config" / "smollm2.py"),
         help="for exact [config/smollm2.py]")
-    add("--output", help="write all measurements to this JSON file")
+    add("--output", type=path, help="write all measurements to this JSON file")
     args = parser.parse_args(argv)
     parts, shapes = args.parts or STANDARD, ["4x256", "8x1024", "4x2048"]
     if parts == ["gpu"]:
@@ -500,6 +506,10 @@ def main(argv=None):
     for shape in args.shapes:
         if not re.fullmatch(r"[1-9]\d*x[1-9]\d*", shape):
             parser.error(f"--shapes {shape}: expected BxT, as in 4x256")
+    if {"prepare", "exact"} & set(parts) and not Path(args.data_dir, "meta.json").exists():
+        parser.error(f"--data_dir {args.data_dir}: nothing is prepared there (python prepare.py)")
+    if args.output and not os.access(os.path.dirname(args.output), os.W_OK):
+        parser.error(f"--output {args.output}: cannot write there")
     report, failed = defaultdict(dict), []
     report["machine"] = processor()
     print(report["machine"])

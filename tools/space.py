@@ -11,6 +11,7 @@ from pathlib import Path
 
 import prepare
 from model import HUB_NAME
+from train import checkpoints
 
 FRONT_MATTER = """\
 ---
@@ -26,7 +27,8 @@ from tools.demo import main
 
 main({argv!r})
 """
-PRIVATE = shutil.ignore_patterns("run.json", ".lock", "samples", "*.superseded", "tensorboard")
+PRIVATE = shutil.ignore_patterns("run.json", ".lock", "samples", "*.superseded", "tensorboard",
+                                 "checkpoint.tmp")
 
 
 def write_space(folder, sources, models):
@@ -57,15 +59,18 @@ def main(argv=None):
                         help="folders of runs, exported folders, hub names")
     args = parser.parse_args(argv)
     folder, names = Path(args.folder), args.checkpoint
+    if folder.exists():
+        parser.error(f"{folder} is there already: name another")
     sources = {Path(name).resolve().name: name for name in names if Path(name).is_dir()}
     models = [name for name in names if not os.path.exists(name)]
     for name in models:
-        if not re.fullmatch(HUB_NAME, name):
+        if not re.fullmatch(HUB_NAME, name) or Path(name).parent.exists():
             parser.error(f"{name}: no such folder")
     if len(sources) + len(models) < len(names):
         parser.error("name folders, each with a name of its own")
-    if folder.exists():
-        parser.error(f"{folder} is there already: name another")
+    for name in sources.values():
+        if not Path(name, "config.json").exists() and not checkpoints(name):
+            parser.error(f"{name}: holds no model")
     write_space(folder, sources, models)
 
 
