@@ -310,9 +310,9 @@ def train(run, signals):
                 run.best = {"step": run.step, "val_loss": row["val_loss"]}
                 must_save = config.checkpoint_interval > 0  # (if the run makes checkpoints at all)
         if RANK == 0:
-            log_step(run, row, bar)
             if run.is_due(config.sample_interval):
                 show(f"--- sample at step {run.step}\n{write_sample(run)}\n---")
+            log_step(run, row, bar)  # (whoever reads a row finds its sample)
         is_over = run.step >= config.max_steps or sum_of_all(len(signals), run)
         if is_over or must_save:
             save(run)

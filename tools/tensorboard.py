@@ -29,9 +29,8 @@ def new_writer(out):
     return events
 
 
-def write_events(events, out, last_step):
-    """Writes what came after last_step, and returns the step that is the last now."""
-    rows = [row for row in read_metrics(out) if row["step"] > last_step]
+def write_events(events, out, rows):
+    """Writes rows of metrics.jsonl, and the samples of their steps."""
     for row in rows:
         for name in TAGS.keys() & row.keys():
             if row[name] is not None:
@@ -41,7 +40,6 @@ def write_events(events, out, last_step):
             text = sample.read_text(encoding="utf-8")
             events.add_text("sample", f"```\n{text}\n```", row["step"])
     events.flush()
-    return rows[-1]["step"] if rows else last_step
 
 
 @prepare.command("tools.tensorboard")
@@ -53,12 +51,22 @@ def main(argv=None):
     out = Path(args.run).resolve()
     try:
         events, step = new_writer(out), 0
-        step = write_events(events, out, step)
-        folder = shlex.quote(str(out / "tensorboard"))
-        print(f"step {step}; tensorboard --logdir {folder} shows it", file=sys.stderr)
-        while args.follow:
+        while args.follow and not (out / "metrics.jsonl").stat().st_size:
+            time.sleep(5)  # the first step compiles
+        while True:
+            rows = read_metrics(out)
+            if rows[-1]["step"] < step:  # resumed from an older checkpoint
+                events.close()
+                events, step = new_writer(out), 0
+            write_events(events, out, [row for row in rows if row["step"] > step])
+            if step == 0:
+                folder = shlex.quote(str(out / "tensorboard"))
+                print(f"step {rows[-1]['step']}; tensorboard --logdir {folder} shows it",
+                      file=sys.stderr)
+            step = rows[-1]["step"]
+            if not args.follow:
+                break
             time.sleep(5)
-            step = write_events(events, out, step)
     except ImportError:
         raise ValueError("tensorboard is missing: pip install -r tools/requirements.txt") from None
     except (OSError, ValueError, LookupError) as e:
