@@ -70,7 +70,8 @@ def stream(is_on, name, prompt, stops, seed, length, temperature, top_k, top_p):
     text, line, tokens, seconds = "", "0 tokens", 0, 0.0
     yield text, line, True  # loading and compiling take a while
     with ONE_STEP:
-        loaded = load(name, os.path.exists(name) and os.path.getmtime(name))
+        place = name if os.path.exists(name) else os.path.dirname(name)  # OUT_DIR/best is no file
+        loaded = load(name, os.path.exists(place) and os.path.getmtime(place))
     pieces = sample.write(*loaded, prompt, 1, int(length), stops, int(seed),
                           temperature=temperature, top_k=int(top_k), top_p=top_p)
     new, count = [""], 1
@@ -152,7 +153,8 @@ def page(asked):
         running, written = gr.State({}), gr.State("")
         private = {"api_visibility": "private", "show_progress": "hidden"}
         seeded = again.click(numbers[0].get_random_value, None, numbers[0], **private)
-        longer = on.click(lambda old, new: new or old, [prompt, written], prompt, **private)
+        longer = on.click(lambda typed, text: text if text.startswith(typed) else typed,
+                          [prompt, written], prompt, **private)
         for event in (go.click, seeded.then, longer.then):  # (show checks the values itself)
             event(partial(show, asked), [running, left, right, prompt, stops, *numbers],
                   [texts, written, stop], concurrency_limit=8, preprocess=False, **private)

@@ -240,8 +240,9 @@ def export(args):
     title = (args.push_to_hub or args.folder.resolve().name).split("/")[-1]
     ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
     tokenizer.model_max_length = model.config.max_position_embeddings
-    args.folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".export-", dir=args.folder.parent) as new:
+    folder = args.folder.resolve()  # of a link, what it leads to: os.replace stays on one disk
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".export-", dir=folder.parent) as new:
         new = Path(new)  # so that nothing half written is left
         save_pretrained(model, new, getattr(torch, args.dtype), **ids)
         check_logits(model, new)
@@ -249,9 +250,9 @@ def export(args):
         generation = {**ids, "do_sample": True, "temperature": 0.8, "top_k": 50}  # as sample.py
         write_json(new / "generation_config.json", generation)
         write_card(args, new, state, sum(p.numel() for p in model.parameters()), title)
-        args.folder.mkdir(exist_ok=True)
+        folder.mkdir(exist_ok=True)
         for file in new.iterdir():
-            os.replace(file, args.folder / file.name)
+            os.replace(file, folder / file.name)
 
 
 @prepare.command("tools.export")
