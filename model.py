@@ -16,7 +16,6 @@ from collections import Counter
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
 from functools import lru_cache
-from itertools import chain
 from pathlib import Path
 
 import torch
@@ -385,8 +384,9 @@ def generate(model, idx, max_new_tokens, compile=False, **sampling):
             pages = max(2, math.ceil(used / PAGE))  # (compiled, a size of 1 would be a constant)
             in_use = [(keys[:pages], values[:pages]) for keys, values in caches]
         if n == first and compile:
-            for tensor in chain(*in_use):  # compiled once, for any number of pages
-                torch._dynamo.mark_dynamic(tensor, 0)
+            for cache in in_use:
+                for tensor in cache:  # compiled once, for any number of pages
+                    torch._dynamo.mark_dynamic(tensor, 0)
         if n == first and idx.is_cuda:  # the 1,850 launches of a step outlast their work
             with torch.autocast("cuda", enabled=False):  # on in a training's samples: not captured
                 read = torch.cuda.make_graphed_callables(read, (idx.clone(), positions))
@@ -459,8 +459,8 @@ def pick_device(device="auto", dtype="auto"):
 
     Raises ValueError where there is no such device."""
     if device == "auto":
-        names = ("cuda", "mps", "cpu")
-        device = next(name for name in names if torch.get_device_module(name).is_available())
+        device = next(name for name in ("cuda", "mps", "cpu")
+                      if torch.get_device_module(name).is_available())
     if device == "cuda":
         device = "cuda:" + os.environ.get("LOCAL_RANK", "0")
     try:
@@ -505,7 +505,7 @@ def worth_compiling(device, max_new_tokens):
 
 def is_out_of_memory(error):
     """Whether it is that, under whatever name: a CPU's is a RuntimeError."""
-    return isinstance(error, MemoryError) or bool(re.search("(?i)alloc|out of memory", str(error)))
+    return isinstance(error, MemoryError) or re.search("(?i)alloc|out of memory", str(error))
 
 
 def keep_freed_memory():

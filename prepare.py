@@ -109,8 +109,8 @@ def decode_text(path, content):
     for beginning, advice in SIGNATURES.items():
         if re.match(beginning, content):
             raise ValueError(f"--input {path}: not UTF-8 text, but {advice.format(quoted)}")
-    with explaining(f"--input {path}: not UTF-8 text (if it is from Windows: iconv -f CP1252 -t UTF-8 "
-                    f"{quoted} > new.txt)"):
+    with explaining(f"--input {path}: not UTF-8 text (if it is from Windows: iconv -f CP1252 "
+                    f"-t UTF-8 {quoted} > new.txt)"):
         return content.decode().removeprefix("\ufeff")
 
 
@@ -419,8 +419,9 @@ def prepare(args):
         end = int((1 - args.val_fraction) * len(text))  # by default nanoGPT's int(0.9 * len(text))
         for name, side in (("train", text[:end]), ("val", text[end:])):
             ids, decoded = encode(cut(side, tokenizer), tokenizer)
-            ids, decoded = np.concatenate(ids), "".join(decoded)
-            check_decoded(f"{source} ({name} side)", side, decoded, args.allow_unrepresentable)
+            ids = np.concatenate(ids)
+            check_decoded(f"{source} ({name} side)", side, "".join(decoded),
+                          args.allow_unrepresentable)
             if len(ids) < 2:
                 raise ValueError(f"{source}: only {len(ids)} tokens on the {name} side; give more")
             (folder / f"{name}.bin").write_bytes(ids)

@@ -104,9 +104,8 @@ def write(model, tokenizer, eos, prompt, num_samples, max_new_tokens, stop, seed
     device = model.lm_head.weight.device
     ids = tokenizer.encode(prompt, add_special_tokens=False).ids or [eos or 0]
     idx = torch.tensor([ids] * num_samples, device=device)  # (num_samples, T)
-    generator = torch.Generator(device).manual_seed(seed)
-    compiled = worth_compiling(device, max_new_tokens)
-    tokens = generate(model, idx, max_new_tokens, compiled, generator=generator, **sampling)
+    tokens = generate(model, idx, max_new_tokens, worth_compiling(device, max_new_tokens),
+                      generator=torch.Generator(device).manual_seed(seed), **sampling)
     rows = tee(map(torch.Tensor.tolist, tokens), num_samples)  # each text takes its own from them
     texts = [stream(map(itemgetter(i), rows[i]), tokenizer, eos, ids, stop)
              for i in range(num_samples)]
@@ -137,7 +136,7 @@ def main(argv=None):
             texts = [text + piece for text, piece in zip(texts, pieces)]
             print(texts[0], end="", flush=True)  # as it comes; the others when all are done
             texts[0] = ""
-        print(*texts, sep="\n")
+        print(*texts, sep="\n", flush=True)
     except BrokenPipeError:  # the reader, such as `head`, has seen enough
         os._exit(0)
     except (MemoryError, RuntimeError) as e:

@@ -37,7 +37,6 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch.nn.parallel import DistributedDataParallel
 from torch.utils import collect_env
 from tqdm import tqdm
 
@@ -176,8 +175,8 @@ class Muon(torch.optim.Optimizer):
             if not state:
                 state["momentum"] = torch.zeros_like(grad)
             momentum = state["momentum"].lerp_(grad, 0.05)
-            update = momentum.lerp(grad, 0.05)  # Nesterov's: as if the next step's
-            update = orthogonal(update, group["dtype"])
+            # Nesterov's momentum: as if the next step's
+            update = orthogonal(momentum.lerp(grad, 0.05), group["dtype"])
             _, rows, columns = update.shape
             scale = max(1, rows / columns) ** 0.5  # rows to norm one, as the fewer columns have
             torch._foreach_mul_(params, 1 - lr * group["weight_decay"])
@@ -198,8 +197,8 @@ def make_optimizers(model, config, dtype):
         matrices = [p for p in matrices if p not in taken]  # the embedding, and what else there is
     groups = [{"params": matrices, "weight_decay": config.weight_decay},
               {"params": norms, "weight_decay": 0.0}]
-    betas = (config.beta1, config.beta2)
-    optimizers["optimizer"] = torch.optim.AdamW(groups, config.learning_rate, betas, fused=True)
+    optimizers["optimizer"] = torch.optim.AdamW(groups, config.learning_rate,
+                                                (config.beta1, config.beta2), fused=True)
     return optimizers
 
 
@@ -277,7 +276,8 @@ def evaluate(run):
         with run.autocast:
             _, loss = run.net(x.view(B, T), y.view(B, T))
         total += loss.item() * count
-    return sum_of_all(total, run) / n
+    loss = sum_of_all(total, run) / n
+    return loss if math.isfinite(loss) else math.inf  # fp16 can overflow; no number equals NaN
 
 
 # ----------------------------------------------------------------------------------------- the loop
@@ -352,7 +352,7 @@ class Run:
         self.step += 1
 
     def is_due(self, interval):
-        return interval > 0 and self.step % interval == 0
+        return interval and self.step % interval == 0
 
     def state(self):
         """All that a checkpoint holds but for the random generators, see save."""
@@ -384,8 +384,8 @@ class Run:
             groups = optimizer.state_dict()["param_groups"]
             optimizer.load_state_dict(state[name])  # raises where other parameters are grouped
             optimizer.load_state_dict(optimizer.state_dict() | {"param_groups": groups})
-        # (empty unless fp16 was used)
-        self.scaler.load_state_dict(state["scaler"] or self.scaler.state_dict())
+        if state["scaler"]:  # fp16 was used
+            self.scaler.load_state_dict(state["scaler"])
         if len(state["rng"]) == WORLD_SIZE:
             set_rng_state(state["rng"][RANK])
         if changed & {"train", "block_size"}:
@@ -529,8 +529,8 @@ def step_of(path):
 
 def checkpoints(folder):
     """The checkpoint files of a folder, oldest first."""
-    found = [path for path in Path(folder).glob("step_*.pt") if path.stem[5:].isdecimal()]
-    return sorted(found, key=step_of)
+    return sorted([path for path in Path(folder).glob("step_*.pt") if path.stem[5:].isdecimal()],
+                  key=step_of)
 
 
 def load_checkpoint(source, **kwargs):
@@ -560,8 +560,8 @@ def hint_of_best(folder, state):
     is_latest = not best or best["step"] + state["config"]["eval_interval"] > state["step"]
     if is_latest or not (folder / f"step_{best['step']:06d}.pt").exists():
         return ""
-    path = shlex.quote(str(folder / "best"))
-    return f" (the held-out loss was lowest at step {best['step']}: --checkpoint {path})"
+    return (f" (the held-out loss was lowest at step {best['step']}: "
+            f"--checkpoint {shlex.quote(str(folder / 'best'))})")
 
 
 def of_all(thing):
@@ -689,8 +689,9 @@ def parse_args(argv):
         name = rest[0].strip("-").partition("=")[0]
         near = difflib.get_close_matches(name, KEYS, 1) or ["help"]
         fail(f"there is no option {rest[0]}: did you mean --{near[0]}?", 2)
-    overrides = {name: value for name, value in vars(args).items() if name in KEYS}
-    return overrides, args.resume
+    overrides = vars(args)
+    del overrides["recipe"]
+    return overrides, overrides.pop("resume")
 
 
 # What the keys obey together: expressions in their names, shown as they are tested.
@@ -817,15 +818,17 @@ def set_up(source, overrides):
         is_whole = WORLD_SIZE == 1 and config.micro_batch_size in (0, config.batch_size)
         run.model.compile_for_training(config.batch_size * config.block_size if is_whole else 0)
     if WORLD_SIZE > 1:
-        run.net = DistributedDataParallel(run.model, gradient_as_bucket_view=True)
+        run.net = torch.nn.parallel.DistributedDataParallel(run.model,
+                                                            gradient_as_bucket_view=True)
     return run
 
 
 def set_up_folder(run, lock):
     """Readies out_dir, shows what will be done. Checkpoints later than run.step are set aside."""
-    config, data, meta, saved = run.config, run.data, run.data.meta, checkpoints(run.out)
+    config, data, saved = run.config, run.data, checkpoints(run.out)
     (run.out / "checkpoint.tmp").unlink(missing_ok=True)  # of a kill: its room is free
-    count = config.keep_checkpoints + 2 - len(saved)  # two: the best, and one being written
+    kept = [path for path in saved if step_of(path) <= run.step]
+    count = config.keep_checkpoints + 2 - len(kept)  # two: the best, and one being written
     size = 12 * run.size / 1e9  # GB of one: a weight and two means, in fp32
     disk = next(path for path in (run.out, *run.out.parents) if path.exists())
     room = shutil.disk_usage(disk).free / 1e9
@@ -833,22 +836,22 @@ def set_up_folder(run, lock):
         fail(f"{count} more checkpoints need {count * size:.1f} GB, but {run.out} has room for "
              f"{room:.1f}: free some, lower keep_checkpoints, or use another --out_dir")
     lock.acquire()  # (makes the folder)
-    for path in saved:
-        if step_of(path) > run.step:
-            path.rename(f"{path}.superseded")
+    for path in saved[len(kept):]:
+        path.rename(f"{path}.superseded")
     commit = subprocess.getoutput(  # "" without git
         f"git -C {shlex.quote(str(Path(__file__).parent))} rev-parse HEAD 2>{os.devnull}")
     facts = {"command": shlex.join(sys.argv), "config": asdict(config), "git": commit,
              "torch": torch.__version__, "python": sys.version.split()[0]}
     (run.out / "run.json").write_text(json.dumps(facts, indent=2))
-    shutil.copytree(data.folder / "tokenizer", run.out / "tokenizer", dirs_exist_ok=True)
+    shutil.copytree(data.folder / "tokenizer", run.out / "tokenizer", dirs_exist_ok=True,
+                    copy_function=shutil.copyfile)  # (read-only files could not be written again)
     cut_metrics(run)
     B, T, steps = config.batch_size, config.block_size, config.max_steps
     epochs = steps * B / blocks_per_epoch(len(data.train), T)
-    stand_in = f", STAND-IN {meta['stand_in']}" if meta["stand_in"] else ""
+    stand_in = f", STAND-IN {data.meta['stand_in']}" if data.meta["stand_in"] else ""
     show(f"""\
 data     {data.folder}{stand_in}: {len(data.train):,} training and {len(data.val):,} held-out tokens
-         of {meta['source']}
+         of {data.meta['source']}
 model    {run.size:,} parameters
 run      steps {run.step} to {steps}, {B} x {T} = {B * T:,} tokens a step, {epochs:.1f} epochs
 writes   {run.out}/: checkpoints of {size:.2f} GB, metrics, samples""")
@@ -859,8 +862,13 @@ writes   {run.out}/: checkpoints of {size:.2f} GB, metrics, samples""")
 def main(argv):
     prepare.protect_streams()  # a closed pipe or a full disk loses lines, not steps
     overrides, resume = parse_args(argv)
-    out, source = find_run(overrides, resume)
+    try:
+        out, source = find_run(overrides, resume)
+    except OSError as e:  # a folder that nobody may read, a name that is too long
+        fail(e, 2)
     again = f"python train.py --resume={shlex.quote(str(out))}"
+    if WORLD_SIZE > 1:
+        again = "the same command with --resume=auto"
     signals = []  # in the order in which they came
     lock = filelock.FileLock(out / ".lock", timeout=0)  # until this process ends, in any way
     try:
@@ -872,7 +880,8 @@ def main(argv):
             set_up_folder(run, lock)
         train(run, signals)
     except filelock.Timeout:
-        fail(f"another process is training in {out}: wait for it, or choose another --out_dir")
+        fail(f"another process is training in {out}: wait for it, or choose another --out_dir "
+             f"(if there is none: its machine broke down, delete {out}/.lock)")
     except (FloatingPointError, OSError) as e:
         saved = checkpoints(out)
         fail(f"{e}. {saved[-1]} is whole: {again} continues from it" if saved else e)

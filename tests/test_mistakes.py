@@ -41,7 +41,7 @@ MISTAKES = {  # (script, exit code): what is typed, and what the line says
         ("--out_dir=", "out_dir, empty"), ("--learning_rat=1", "learning_rate?"),
         ("--out_dir=bad", "bad, metrics.jsonl"), ("--out_dir=theirs", "theirs, samples"),
         ("--out_dir=bad --resume=auto", "bad, metrics.jsonl"),  # files of anyone else's
-        ("--out_dir=theirs --resume=auto", "theirs, samples"),
+        ("--out_dir=theirs --resume=auto", "theirs, samples"), ("--out_dir=" + 300 * "x", "long"),
         # With a line end, a recipe, which is never run. Of the last one Python itself would warn.
         ("max_stepz = 5\n", "max_steps?"), ("seed = 1\nimport os\nos.mkdir('x')\n", "r.py, line 2"),
         ("batch_size = __import__('os').mkdir('x')\n", "r.py, line 1"), ("seed = 4and\n", "r.py")],

@@ -242,14 +242,20 @@ def test_tokens_and_the_place_in_the_data_stay_true_when_sizes_change(run, start
 def test_a_run_goes_on_in_another_place_with_its_data_in_another(finished, data):
     finished.rename("other")
     shutil.copytree(data, "moved")
+    for file in Path("moved/tokenizer").iterdir():
+        file.chmod(0o444)
     assert is_same_run(resume_here("other", max_steps=9, data_dir="moved"))
+    assert all(file.stat().st_mode & 0o200 for file in Path("other/tokenizer").iterdir())
     assert last_step("other") == 9 and not Path("out").exists()
     refused(resume_here("other", out_dir="o2"), "other", "o2")
 
 
-def test_from_an_older_checkpoint_steps_repeat_and_later_files_go_aside(finished, eight_steps):
+def test_from_an_older_checkpoint_steps_repeat_and_later_files_go_aside(finished, eight_steps, monkeypatch):
     with open(finished / "metrics.jsonl", "ab") as f:
         f.write(b'{"step": 9, "lo')  # torn by a kill
+    with monkeypatch.context() as full:
+        full.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(9, 9, 0))
+        refused(resume_here("out/step_000004.pt", keep_checkpoints=1), "1 more check", code=1)
     assert resume_here("out/step_000004.pt").code == 0
     assert not lost_bits(eight_steps, finished)
     aside = sorted(path.name for path in finished.glob("*.superseded"))

@@ -187,6 +187,8 @@ def test_the_held_out_loss_is_the_mean_over_the_whole_split_each_token_once():
             logits = run.model(ids[None, :-1])[0][0]
             losses += F.cross_entropy(logits, ids[1:], reduction="none").tolist()
         assert train.evaluate(run) == pytest.approx(np.mean(losses), abs=1e-5)
+    run.model.model.norm.weight.data.fill_(math.nan)
+    assert train.evaluate(run) == math.inf
 
 
 def test_the_best_held_out_loss_is_kept_and_named(tiny, monkeypatch):
