@@ -76,7 +76,7 @@ def test_killed_and_then_stopped_by_a_signal_to_one_both_end_with_the_same_bits(
         both[1].signal(signal.SIGTERM)
         assert [p.end(60).code for p in both] == [143, 143]
         last = both[0].text.splitlines()[-1]
-    assert f"{intact('out')[-1]:06d}.pt" in last and "Resume with: python train.py --resume" in last
+    assert f"{intact('out')[-1]:06d}.pt" in last and "the same command with --resume=auto" in last
     assert 24 <= last_step("out") == intact("out")[-1] < STEPS
     text, _ = run_two(argv)
     assert "resuming from" in text and "→" not in text

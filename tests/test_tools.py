@@ -214,6 +214,7 @@ def test_the_benchmark_tells_whether_runs_have_the_same_bits(data_dir, monkeypat
 
 @pytest.mark.slow
 def test_bench_shows_why_a_contestant_failed_and_goes_on_with_the_next_part(tmp_path):
+    write(tmp_path / "meta.json", "{}")
     done = run_main(bench.main, "prepare", "exact", data_dir=tmp_path)
     expect_end(done, [1], "failed", "prepare, exact")
     for reason in ("prepare: all cores failed: ", "tokenizer.json", "exact: train.py: data_dir"):
