@@ -18,7 +18,7 @@ FILES = {
     "utf16.txt": PROSE.encode("utf-16"), "bare.txt": PROSE.encode("utf-16-le"),
     "latin1.txt": PROSE.encode() + b"caf\xe9 ol\xe9", "one.txt": "one document", "file": "",
     **{f"{kind}.txt": begin + b"..." for kind, begin in BEGINNINGS.items()},
-    "torn.txt.gz": gzip.compress(b"text")[:-9], "empty.jsonl": '{"text": ""}\n',
+    "void.json": "", "torn.txt.gz": gzip.compress(b"text")[:-9], "empty.jsonl": '{"text": ""}\n',
     "two.jsonl": '{"text": "one"}\n{"text": "two"}\n', "bad.jsonl": '{"text": \n',
     "good.jsonl": '{"text": "one two three", "n": 1}\n' * 9, "nano/train.bin": "ids",
     "broken/tokenizer.json": "{}", "mine/meta.json": "{}", "mine/notes.txt": "", "full/me": "",
@@ -69,7 +69,7 @@ MISTAKES = {  # (script, exit code): what is typed, and what the line says
         ("--input two.jsonl", "one side"), ("--input good.jsonl --max_tokens 2", "--max_tokens"),
         ("--input empty.jsonl", "no text"), ("--input good.jsonl --column body", "--column body"),
         ("--input bad.jsonl", "bad.jsonl"), ("--input good.jsonl --column n", "--column n"),
-        ("--input torn.txt.gz", "torn.txt.gz"),
+        ("--input torn.txt.gz", "torn.txt.gz"), ("--input void.json", "void.json, empty"),
         ("--input good.jsonl --tokenizer endless", "end-of-text"),
         ("--dataset some/thing", "datasets, tools/requirements.txt")],
     (corpus, 2): [

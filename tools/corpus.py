@@ -81,6 +81,8 @@ def read_files(files, column):
         if kind == "lines":
             yield from read_records(read_lines(file), file, column)
         elif kind:
+            if not os.path.getsize(file):  # of which the library says nothing that helps
+                raise ValueError(f"--input {file}: it is empty; delete it, or download it again")
             stream = open_stream(file, kind, data_files=[glob.escape(file)], split="train")
             yield from read_records(stream, file, column)
         else:
