@@ -89,9 +89,8 @@ class RMSNorm(nn.RMSNorm):
 
 
 def rotary_table(T, config, device):
-    """cos and sin (T, D), fp32, of T positions. Su et al. 2021 (arXiv:2104.09864).
+    """cos and sin (T, D / 2), fp32, of T positions. Su et al. 2021 (arXiv:2104.09864).
 
-    The second half repeats the first; sin is negated in the first, as apply_rotary wants it.
     Raises ValueError for more positions than the model has."""
     limit = config.max_position_embeddings
     if T > limit:
@@ -100,12 +99,13 @@ def rotary_table(T, config, device):
     exponents = torch.arange(0.0, config.head_dim, 2, device=device) / config.head_dim
     positions = torch.arange(0.0, T, device=device)
     angles = torch.outer(positions, 1.0 / config.rope_theta**exponents)  # (T, D / 2)
-    return torch.cat((angles, angles), -1).cos(), torch.cat((-angles, angles), -1).sin()
+    return angles.cos(), angles.sin()
 
 
 def apply_rotary(x, cos, sin):
     """Rotates x (..., D) by its positions; its two halves form the pairs, as in Hugging Face."""
-    return (x * cos + x.roll(x.size(-1) // 2, -1) * sin).to(x.dtype)
+    first, second = x.chunk(2, -1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), -1).to(x.dtype)
 
 
 def attention(q, k, v):
@@ -235,7 +235,7 @@ class LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight, targets, kernel):
-        rows = 512 if x.is_cpu else 8192  # tokens whose logits exist at a time
+        rows = 1024 if x.is_cpu else 8192  # tokens whose logits exist at a time
         w = weight.to(x.dtype)
         loss, dx, dw = 0.0, torch.empty_like(x), None
         for i in range(0, len(x), rows):
@@ -370,7 +370,7 @@ def generate(model, idx, max_new_tokens, compile=False, **sampling):
         x = model.embed(idx)
         if compile and idx.numel() == 1:
             x = x.float()  # a single row costs nothing
-        rotary = cos[positions], sin[positions]  # (T, D)
+        rotary = cos[positions], sin[positions]  # (T, D / 2)
         for layer, cache in zip(model.model.layers, in_use):
             x = run_layer(layer, x, rotary, (*cache, positions))
         return next_logits(model, x)
