@@ -16,7 +16,7 @@ fast     train with deterministic=false against true
 gpu      the tests that need a GPU, exact, train, fast, muon and decode, one after the other
 
 Each contestant is a process of its own, warmed up; they take turns, step by step, so that a noisy
-machine is unfair to all alike (on a GPU too small for two, one after the other). The tables show
+machine is unfair to all alike (without room for two, one after the other). The tables show
 medians (lowest to highest); the ratio says how many times as long as ours, turn by turn. --output
 writes every measurement as JSON, part by part.
 """
@@ -234,6 +234,9 @@ def serve(contestant, **options):
         start = time.perf_counter()
         answer = {"result": step()}
         answer["memory"] = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        with suppress(OSError):  # not Linux
+            available = re.search(r"MemAvailable: *(\d+)", Path("/proc/meminfo").read_text())
+            answer["room"] = 1024 * int(available[1])
         if torch.cuda.is_available():
             torch.cuda.synchronize()
             answer["memory"] = torch.cuda.max_memory_reserved()
@@ -297,7 +300,7 @@ def take_turns(works, runs, warmup, what):
             bar.update()
             is_full = [1.5 * answer["memory"] > answer.get("room", np.inf)
                        for answer in contestants[-1].answers]
-            if len(contestants) < len(works) and not any(is_full):  # a GPU has room for another
+            if len(contestants) < len(works) and not any(is_full):  # there is room for another
                 continue
             for _ in range(warmup + runs):
                 for c in waiting:
