@@ -837,7 +837,7 @@ def set_up_folder(run, lock):
              f"{room:.1f}: free some, lower keep_checkpoints, or use another --out_dir")
     lock.acquire()  # (makes the folder)
     for path in saved[len(kept):]:
-        path.rename(f"{path}.superseded")
+        path.rename(f"{path}.{time.time_ns()}.superseded")  # (nor does one replace another)
     commit = subprocess.getoutput(  # "" without git
         f"git -C {shlex.quote(str(Path(__file__).parent))} rev-parse HEAD 2>{os.devnull}")
     facts = {"command": shlex.join(sys.argv), "config": asdict(config), "git": commit,

@@ -256,10 +256,11 @@ def test_from_an_older_checkpoint_steps_repeat_and_later_files_go_aside(finished
     with monkeypatch.context() as full:
         full.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(9, 9, 0))
         refused(resume_here("out/step_000004.pt", keep_checkpoints=1), "1 more check", code=1)
-    assert resume_here("out/step_000004.pt").code == 0
-    assert not lost_bits(eight_steps, finished)
-    aside = sorted(path.name for path in finished.glob("*.superseded"))
-    assert aside == ["step_000006.pt.superseded", "step_000008.pt.superseded"]
+    for _ in range(2):
+        assert resume_here("out/step_000004.pt").code == 0
+        assert not lost_bits(eight_steps, finished)
+    aside = sorted(path.name[:14] for path in finished.glob("*.superseded"))
+    assert aside == 2 * ["step_000006.pt"] + 2 * ["step_000008.pt"]
 
 
 def test_a_checkpoint_copied_alone_resumes_and_no_step_is_logged_twice(finished):
