@@ -234,13 +234,11 @@ def serve(contestant, **options):
         start = time.perf_counter()
         answer = {"result": step()}
         answer["memory"] = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        with suppress(OSError):  # not Linux
-            available = re.search(r"MemAvailable: *(\d+)", Path("/proc/meminfo").read_text())
-            answer["room"] = 1024 * int(available[1])
+        answer["room"] = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
         if torch.cuda.is_available():
             torch.cuda.synchronize()
             answer["memory"] = torch.cuda.max_memory_reserved()
-            answer["room"] = torch.cuda.mem_get_info()[0]
+            answer["room"] = torch.cuda.mem_get_info()[1]
         answer["seconds"] = time.perf_counter() - start
         print(json.dumps(answer), file=answers, flush=True)
 
@@ -298,9 +296,10 @@ def take_turns(works, runs, warmup, what):
             contestants.append(Contestant(label, work))
             waiting.append(contestants[-1])
             bar.update()
-            is_full = [1.5 * answer["memory"] > answer.get("room", np.inf)
-                       for answer in contestants[-1].answers]
-            if len(contestants) < len(works) and not any(is_full):  # there is room for another
+            # Room for another? (What the first turn takes is not yet all that a contestant needs.)
+            taken = [max(c.get("memory"), default=0) for c in waiting]
+            room = min(contestants[-1].get("room"), default=math.inf)
+            if len(contestants) < len(works) and sum(taken) + 2 * taken[-1] < room:
                 continue
             for _ in range(warmup + runs):
                 for c in waiting:
