@@ -142,7 +142,7 @@ def cpu_attention(q, k, v):
     for i in range(0, T, C):
         block = q[:, :, :, i:i + C], k[:, :, :i + C], v[:, :, :i + C]
         outputs.append(checkpoint(attend, *block, i, use_reentrant=False))
-    return torch.cat(outputs, dim=3).flatten(1, 2)
+    return torch.cat(outputs, 3).flatten(1, 2)
 
 
 def cached_attention(q, keys, values, position):
@@ -482,15 +482,16 @@ def pick_device(device="auto", dtype="auto"):
 
 @lru_cache
 def compiler_problem(device):
-    """Why compiling a small function does not work on this device, in one line; None if it does."""
-    from torch._inductor import config, cpu_vec_isa
-    # First by the processor's word: trying each of its instruction sets takes seconds each time.
-    for trusted in (True, None):
-        config.cpp.vec_isa_ok = trusted
-        cpu_vec_isa.valid_vec_isa_list.cache_clear()
+    """Why compiling does not work on this device, in one line; None if it does."""
+    from torch._inductor import config
+    x = torch.eye(64, device=device)
+    halves = x.half().t(), *x.chunk(2, 1)
+    config.cpp.vec_isa_ok = True  # the processor's word: trying each instruction set takes seconds
+    for bits in (None, 256):  # in 512, g++ 12 gets this wrong for processors that it does not know
+        config.cpp.simdlen = bits
         try:
-            torch.compile(lambda x: x + 1)(torch.zeros(8, device=device))
             torch._dynamo.reset()
+            torch.testing.assert_close(torch.compile(apply_rotary)(*halves), apply_rotary(*halves))
             return None
         except Exception as e:  # without a compiler, all still works
             problem = textwrap.shorten(f"{type(e).__name__}: {e}", 90)

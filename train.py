@@ -339,9 +339,10 @@ class Run:
         self.optimizers = make_optimizers(self.model, config, dtype)
         self.scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
         self.autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
-        random.seed(config.seed + RANK)
-        np.random.seed((config.seed + RANK) % 2**32)
-        torch.manual_seed(config.seed + RANK)
+        seed = config.seed + RANK
+        random.seed(seed)
+        np.random.seed(seed % 2**32)
+        torch.manual_seed(seed)
 
     def advance(self):
         """Counts a step: the next batch begins where this one ended, whatever its size."""
@@ -413,7 +414,7 @@ def write_sample(run):
     generator = torch.Generator(run.device).manual_seed(run.config.seed + run.step)
     prompt = on_device(run.data.val[:16], run)[None]  # (1, T)
     run.model.eval()
-    length = min(100, run.config.max_position_embeddings - prompt.size(1))
+    length = min(100, run.config.max_position_embeddings - 16)
     with run.autocast:
         new = generate(run.model, prompt, length, temperature=0.8, top_k=50, generator=generator)
         ids = torch.cat([prompt[0], *new])
@@ -841,7 +842,7 @@ def set_up_folder(run, lock):
     commit = subprocess.getoutput(  # "" without git
         f"git -C {shlex.quote(str(Path(__file__).parent))} rev-parse HEAD 2>{os.devnull}")
     facts = {"command": shlex.join(sys.argv), "config": asdict(config), "git": commit,
-             "torch": torch.__version__, "python": sys.version.split()[0]}
+             "torch": torch.__version__, "python": sys.version}
     (run.out / "run.json").write_text(json.dumps(facts, indent=2))
     shutil.copytree(data.folder / "tokenizer", run.out / "tokenizer", dirs_exist_ok=True,
                     copy_function=shutil.copyfile)  # (read-only files could not be written again)

@@ -1,5 +1,4 @@
 """model.py: the published sizes, the numbers of transformers, and a cache that changes nothing."""
-import copy
 import json
 import re
 from dataclasses import asdict
@@ -40,10 +39,10 @@ def transformers_twin(ours):
     return theirs
 
 
-def assert_same_gradients(model, expected):
+def assert_same_gradients(model, expected, tolerance=1e-4):
     for name, p in model.named_parameters():
-        wanted = expected.get_parameter(name).grad
-        assert (p.grad - wanted).norm() <= 1e-4 * wanted.norm(), name
+        wanted = expected.get_parameter(name).grad  # (of one token's attention exactly 0)
+        assert (p.grad - wanted).norm() <= tolerance * wanted.norm() + 1e-5, name
 
 
 def plain_loss(model, x, y):
@@ -211,22 +210,22 @@ def compiling(request):
 
 
 @pytest.mark.slow
-def test_compiled_equals_eager(compiling):
+@pytest.mark.parametrize("sizes, T, dtype, tolerance", [({}, 600, torch.float32, 1e-4),
+    (dict(FULL, vocab_size=211, num_hidden_layers=1), 256, torch.bfloat16, 0.05)])
+def test_compiled_equals_eager(compiling, sizes, T, dtype, tolerance):
     """At a length of three blocks of attention and of the loss, the last ones cut short."""
-    eager, T = small().to(compiling), 600
-    compiled = copy.deepcopy(eager)
+    eager, compiled = [small(**sizes).to(compiling) for _ in range(2)]
     compiled.compile_for_training(2 * T)
     assert list(compiled.state_dict()) == list(eager.state_dict())  # no _orig_mod.
-    losses = []
-    for m in (eager, compiled):
-        for seed in range(3):  # CUDA graphs are recorded in the second pass and used in the third
-            ids = some_ids(2, T + 1, seed=seed).to(compiling)
+    for seed in range(3):  # CUDA graphs are recorded in the second pass and used in the third
+        ids, losses = some_ids(2, T + 1, seed=seed).to(compiling), []
+        for m in (eager, compiled):
             m.zero_grad(set_to_none=True)
-            loss = m(ids[:, :-1], ids[:, 1:])[1]
-            loss.backward()
-        losses.append(loss.item())
-    assert losses[0] == pytest.approx(losses[1], abs=1e-5)
-    assert_same_gradients(compiled, eager)
+            with torch.autocast(compiling, dtype, enabled=dtype == torch.bfloat16):
+                losses.append(m(ids[:, :-1], ids[:, 1:])[1])
+            losses[-1].backward()
+    assert losses[0].item() == pytest.approx(losses[1].item(), rel=tolerance / 50)
+    assert_same_gradients(compiled, eager, tolerance)
 
 
 def lively(m):
@@ -371,6 +370,9 @@ def test_a_compiler_that_does_not_work_is_a_reason_in_one_line_and_no_error(monk
     cpu, error = torch.device("cpu"), RuntimeError("no\ncompiler " + "x" * 500)
     monkeypatch.setattr(torch, "compile", Mock(side_effect=error))
     assert M.compiler_problem.__wrapped__(cpu) == "RuntimeError: no compiler [...]"
+    monkeypatch.setattr(torch, "compile", Mock(side_effect=[lambda x, *_: x + 1, M.apply_rotary]))
+    assert M.compiler_problem.__wrapped__(cpu) is None  # (of what is right: vectors of 256 bits)
+    assert torch.compile.call_count == 2
     M.compiler_problem.cache_clear()  # the next one who asks sets the compiler up again
     monkeypatch.setattr(M, "compiler_problem", lambda device: "none")
     assert not M.worth_compiling(cpu, 5000)
