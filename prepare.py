@@ -123,7 +123,7 @@ def choose_text(path):
     """A file's text and name; for URL, Tiny Shakespeare or what stands in for it."""
     if path != URL:
         return decode_text(path, Path(path).read_bytes()), Path(path).name
-    for attempt in (1, 2, 3):
+    for attempt in 1, 2, 3:
         try:
             content = urllib.request.urlopen(URL, timeout=10).read(2**24)
             if hashlib.sha256(content).hexdigest() != SHA256:  # an error page never becomes data

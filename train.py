@@ -271,7 +271,7 @@ def evaluate(run):
     for first in range(RANK * B * T, n, WORLD_SIZE * B * T):
         window = on_device(ids[first:first + B * T + 1], run)
         count = len(window) - 1
-        missing = (0, B * T - count)  # at the end: one shape for all, and -100 does not count
+        missing = 0, B * T - count  # at the end: one shape for all, and -100 does not count
         x, y = F.pad(window[:-1], missing), F.pad(window[1:], missing, value=-100)
         with run.autocast:
             _, loss = run.net(x.view(B, T), y.view(B, T))
@@ -610,7 +610,7 @@ def set_up_machine(config):
         device, dtype, reason = pick_device(config.device, config.dtype)
     except ValueError as e:
         fail(e, 2)
-    machine = {"torch": str(torch.__version__), "numpy": np.__version__, "dtype": str(dtype)[6:],
+    machine = {"torch": torch.version.__version__, "numpy": np.__version__, "dtype": str(dtype)[6:],
                "threads": torch.get_num_threads(), "processes": WORLD_SIZE}
     on_gpu = device.type == "cuda"
     if on_gpu:
