@@ -22,6 +22,7 @@ import subprocess
 import sys
 import time
 import warnings
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict, dataclass
@@ -220,13 +221,12 @@ def lr_factor(config, step):
     return lowest + part * (1 - lowest)
 
 
-def sum_of_all(number, run):
-    """A number, added up over all processes."""
-    if WORLD_SIZE == 1:
-        return number
-    total = torch.tensor(number, device=run.device)
-    dist.all_reduce(total)
-    return total.item()
+def of_all(thing):
+    """What each process has of a thing, in a list."""
+    things = [thing] * WORLD_SIZE
+    if WORLD_SIZE > 1:
+        dist.all_gather_object(things, thing)
+    return things
 
 
 def train_step(run, batch):
@@ -246,7 +246,7 @@ def train_step(run, batch):
     for optimizer in run.optimizers.values():
         run.scaler.unscale_(optimizer)
     norm = torch.nn.utils.clip_grad_norm_(run.model.parameters(), run.config.grad_clip or math.inf)
-    loss, norm = sum_of_all(loss.item() / WORLD_SIZE, run), norm.item()
+    loss, norm = sum(of_all(loss.item())) / WORLD_SIZE, norm.item()
     # In fp16 a gradient that overflows is no failure: the step is skipped, the scale lowered. (It
     # is 1 where no fp16 is.)
     if not math.isfinite(loss) or not (math.isfinite(norm) or run.scaler.get_scale() > 1):
@@ -276,7 +276,7 @@ def evaluate(run):
         with run.autocast:
             _, loss = run.net(x.view(B, T), y.view(B, T))
         total += loss.item() * count
-    loss = sum_of_all(total, run) / n
+    loss = sum(of_all(total)) / n
     return loss if math.isfinite(loss) else math.inf  # fp16 can overflow; no number equals NaN
 
 
@@ -313,7 +313,7 @@ def train(run, signals):
             if run.is_due(config.sample_interval):
                 show(f"--- sample at step {run.step}\n{write_sample(run)}\n---")
             log_step(run, row, bar)  # (whoever reads a row finds its sample)
-        is_over = run.step >= config.max_steps or sum_of_all(len(signals), run)
+        is_over = run.step >= config.max_steps or any(of_all(signals))
         if is_over or must_save:
             save(run)
     bar.close()
@@ -565,14 +565,6 @@ def hint_of_best(folder, state):
             f"--checkpoint {shlex.quote(str(folder / 'best'))})")
 
 
-def of_all(thing):
-    """What each process has of a thing, in a list."""
-    things = [thing] * WORLD_SIZE
-    if WORLD_SIZE > 1:
-        dist.all_gather_object(things, thing)
-    return things
-
-
 def rng_state():
     """The states of all random generators of this process, as tensors and plain values."""
     name, keys, *rest = np.random.get_state()
@@ -620,6 +612,8 @@ def set_up_machine(config):
         machine["driver"] = collect_env.get_nvidia_driver_version(collect_env.run)
     else:
         keep_freed_memory()
+        facts = torch.cpu.get_capabilities()  # (different processors can have one name)
+        machine["processor"] = f"{facts.get('cpu_name')} #{zlib.crc32(repr(facts).encode()):x}"
         machine["device"] = f"{device.type} ({torch.backends.cpu.get_cpu_capability()})"
     if WORLD_SIZE > 1:
         store, *_ = next(dist.rendezvous("env://"))  # (30 minutes: the first may prepare data)
@@ -639,6 +633,8 @@ def set_up_machine(config):
     if on_gpu and not problem:
         import triton
         machine["triton"] = triton.__version__
+    elif not problem:
+        machine["compiler"] = collect_env.get_gcc_version(collect_env.run)
     show(f"device   {device}, threads {machine['threads']}, processes {WORLD_SIZE}, "
          f"{machine['dtype']} ({reason}), {compiled}")
     return device, dtype, machine
