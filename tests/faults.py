@@ -31,7 +31,7 @@ def is_caught(row, test):
     print(row, flush=True)
     what, code, fault = row.split(" | ")
     with tempfile.TemporaryDirectory() as folder:
-        ignored = shutil.ignore_patterns(".git", "out*", "data", "__pycache__")
+        ignored = shutil.ignore_patterns(".*", "venv", "out*", "data", "__pycache__")
         project = shutil.copytree(ROOT, Path(folder, "project"), ignore=ignored)
         path = project / f"{what.partition(':')[0]}.py"
         text = path.read_text(encoding="utf-8")

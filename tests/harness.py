@@ -10,7 +10,6 @@ import os
 import re
 import resource
 import runpy
-import select
 import signal
 import socket
 import subprocess
@@ -39,7 +38,8 @@ import train  # noqa: E402
 TINY = """--hidden_size=32 --intermediate_size=64 --num_hidden_layers=2 --num_attention_heads=4
     --num_key_value_heads=2 --initializer_range=0.18 --max_position_embeddings=256 --batch_size=4
     --block_size=16 --learning_rate=1e-2 --warmup_steps=4 --compile=false --log_interval=1
-    --eval_interval=0 --eval_tokens=300 --sample_interval=0 --checkpoint_interval=0""".split()
+    --eval_interval=0 --eval_tokens=300 --sample_interval=0 --checkpoint_interval=0
+    --device=cpu""".split()
 # The same on the bytes of make_data, with evaluations and checkpoints: 5 ms a step.
 RUN = [*TINY, *"""--vocab_size=2048 --block_size=32 --eval_interval=10 --eval_tokens=6000
     --checkpoint_interval=5 --max_steps=40 --dtype=float32""".split()]
@@ -97,7 +97,6 @@ class Process(contextlib.AbstractContextManager):
         request = json.dumps([command, cwd, env, limits, streams], default=str)
         print(request, file=zygote().stdin, flush=True)
         self.pid, self.code = int(zygote().stdout.readline()), None
-        self.pidfd = os.pidfd_open(self.pid)
 
     def __exit__(self, *_):
         self.kill()
@@ -105,9 +104,14 @@ class Process(contextlib.AbstractContextManager):
 
     def poll(self, timeout=0):
         """Its exit code; None where it is still running after that many seconds."""
-        if self.code is None and select.select([self.pidfd], [], [], timeout)[0]:
-            self.code = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
-            os.close(self.pidfd)
+        end = time.monotonic() + timeout
+        while self.code is None:
+            pid, status = os.waitpid(self.pid, os.WNOHANG)
+            if pid:
+                self.code = os.waitstatus_to_exitcode(status)
+            if pid or time.monotonic() >= end:
+                break
+            time.sleep(0.001)
         return self.code
 
     @property

@@ -13,8 +13,7 @@ from tools import bench, corpus, demo, export, plot, space, tensorboard
 
 BEGINNINGS = {"PDF": b"%PDF-1.7", "zip": b"PK\3\4", "Parquet": b"PAR1", "xz": b"\xfd7zXZ",
               "bzip2": b"BZh9", "Zstandard": b"\x28\xb5\x2f\xfd", "UTF-32": b"\xff\xfe\0\0"}
-FILES = {
-    "good.txt": PROSE, "empty.txt": "\ufeff", "short.txt": "!?", "gz.txt": b"\x1f\x8b",
+FILES = {"good.txt": PROSE, "empty.txt": "\ufeff", "short.txt": "!?", "gz.txt": b"\x1f\x8b",
     "utf16.txt": PROSE.encode("utf-16"), "bare.txt": PROSE.encode("utf-16-le"),
     "latin1.txt": PROSE.encode() + b"caf\xe9 ol\xe9", "one.txt": "one document", "file": "",
     **{f"{kind}.txt": begin + b"..." for kind, begin in BEGINNINGS.items()},
@@ -23,9 +22,9 @@ FILES = {
     "good.jsonl": '{"text": "one two three", "n": 1}\n' * 9, "nano/train.bin": "ids",
     "broken/tokenizer.json": "{}", "mine/meta.json": "{}", "mine/notes.txt": "", "full/me": "",
     "hollow/x.py": "", "bad/metrics.jsonl": "{}\n{}\n", "list/metrics.jsonl": "[1]\n",
-    "binary/metrics.jsonl": b"\xff\n", "empty/metrics.jsonl": "",
+    "binary/metrics.jsonl": b"\xff\n", "empty/metrics.jsonl": "", "new/step_1.pt": "",
     "whole/metrics.jsonl": '{"step": 1, "loss": 1, "tokens": 1, "seconds": 1}\n',
-    "theirs/samples/step_000001.txt": "theirs"}
+    "theirs/samples/step_000001.txt": "theirs", "cut.jsonl": r'{"text": "\ud83d"}'}
 MISTAKES = {  # (script, exit code): what is typed, and what the line says
     (train, 2): [
         ("--max_steps=1.5", "max_steps, '1.5', int"), ("--learning_rate=nan", "learning_rate, nan"),
@@ -63,18 +62,16 @@ MISTAKES = {  # (script, exit code): what is typed, and what the line says
         ("A.PARQUET", "python -m tools.corpus, A.PARQUET"),
         ("good.txt gz.txt", "python -m tools.corpus, --input good.txt gz.txt"),
         ("x --dataset=y:z", "python -m tools.corpus, --dataset=y:z")],
-    (corpus, 1): [
-        ("--input none.txt", "none.txt"), ("--input hollow", "hollow"),
+    (corpus, 1): [("--input none.txt", "none.txt"), ("--input hollow", "hollow"),
         ("--input /dev/null", "/dev/null"), ("--input one.txt", "prepare.py --input"),
         ("--input two.jsonl", "one side"), ("--input good.jsonl --max_tokens 2", "--max_tokens"),
         ("--input empty.jsonl", "no text"), ("--input good.jsonl --column body", "--column body"),
         ("--input bad.jsonl", "bad.jsonl"), ("--input good.jsonl --column n", "--column n"),
         ("--input torn.txt.gz", "torn.txt.gz"), ("--input void.json", "void.json, empty"),
-        ("--input good.jsonl --tokenizer endless", "end-of-text"),
+        ("--input cut.jsonl", "record 1"), ("--input two.jsonl --tokenizer endless", "end-of-text"),
         ("--dataset some/thing", "datasets, tools/requirements.txt")],
-    (corpus, 2): [
-        ("", "--input"), ("--input good.jsonl --max_tokens 0", "--max_tokens"),
-        ("--dataset good.jsonl", "good.jsonl"), ("--input good.jsonl --dataset x", "--dataset")],
+    (corpus, 2): [("", "--input"), ("--input good.jsonl --max_tokens 0", "--max_tokens"),
+                  ("--dataset good.jsonl", "good.jsonl"), ("--input x --dataset x", "--dataset")],
     (sample, 1): [(f"--checkpoint={name}", "python train.py config/smollm2.py") for name in
                   "out best /no/such wdata ./wdata none/step_000001.pt".split()],
     (sample, 2): [(word, word.partition("=")[0]) for word in """--temperature=-1 --temperature=nan
@@ -88,10 +85,10 @@ MISTAKES = {  # (script, exit code): what is typed, and what the line says
     (plot, 2): [("", "RUN"), ("x --output plot.jpg", "plot.jpg")],
     (bench, 2): [("nonsense", "nonsense"), ("train --shapes=4", "BxT"), ("--runs=0", "--runs"),
                  ("--what", "--what"), ("exact --data_dir=none", "none, python prepare.py")],
-    (space, 2): [("full bad", "full is there"), ("new no/run/x", "no/run/x"), ("new", "checkpoint"),
-                 ("new bad bad", "name of its own"), ("new nano", "nano, no model")],
-    (demo, 2): [("--checkpoint=no/run/x", "no/run/x")],
-    (demo, 1): [("", "gradio, tools/requirements.txt")]}
+    (space, 2): [("full bad", "full is there"), ("x no/run/x", "no/run/x"), ("x", "checkpoint"),
+                 ("x bad bad", "its own"), ("x nano", "nano, no model"), ("new/x new", "inside")],
+    (demo, 2): [("--checkpoint=no/run/x", "no/run/x"), ("--checkpoint=out-bestt", "out-bestt")],
+    (demo, 1): [("", "gradio, tools/requirements.txt")], (bench, 1): [("--output=full", "full")]}
 
 
 @pytest.mark.parametrize("script, code, typed, words", [

@@ -291,8 +291,7 @@ def test_more_positions_than_the_model_has_are_a_clear_error():
     assert len(list(generate(m, prompt, 12))) == 12 and list(generate(m, prompt, 0)) == []
 
 
-@pytest.mark.parametrize("sampling", [
-    {}, dict(temperature=0.5), dict(top_k=6), dict(top_p=0.8),
+@pytest.mark.parametrize("sampling", [{}, dict(temperature=0.5), dict(top_k=6), dict(top_p=0.8),
     dict(top_k=7, top_p=0.7, temperature=1.5)])
 def test_tokens_come_with_the_probabilities_of_the_softmax(sampling):
     """Chi-square against the probabilities that transformers samples by."""

@@ -137,7 +137,7 @@ def test_without_a_network_the_stand_in_is_made_announced_and_the_same_each_time
     nowhere = "http://127.0.0.1:9"
     how = {"HF_HUB_OFFLINE": "0", "HF_HOME": "none", "NO_PROXY": "", "no_proxy": "",
            "HTTPS_PROXY": nowhere, "https_proxy": nowhere}
-    with Process([ROOT / "prepare.py", "--out_dir=a"], **how) as process:
+    with Process(["-m", "prepare", "--out_dir=a"], **how) as process:
         expect_end(process.end(300))
         assert "STAND-IN" in process.text
     meta, tokenizer = prepare.Data("a").meta, AutoTokenizer.from_pretrained("a/tokenizer")

@@ -15,7 +15,7 @@ import train
 from tests.harness import ROOT, expect_end, refused, run_main
 
 PROMPT = "ROMEO:"
-run_sample = partial(run_main, sample.main)
+run_sample = partial(run_main, sample.main, device="cpu")
 
 
 def text(checkpoint, prompt, *argv, **keys):

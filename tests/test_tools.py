@@ -16,11 +16,10 @@ import sample
 import train
 from model import MLP
 from tests.harness import (ROOT, TINY, Process, expect_end, free_port, metrics, refused, run_main,
-                           write)
+                           snapshot, write)
 from tools import bench, demo, export, plot, space, tensorboard
 
-HARD_TEXTS = [
-    "2024 is 3.14159", "\N{ROCKET}\N{FAMILY} e\u0301t\xe9 \u4f60\u597d",
+HARD_TEXTS = ["2024 is 3.14159", "\N{ROCKET}\N{FAMILY} e\u0301t\xe9 \u4f60\u597d",
     "def f(x):\n\treturn x**2  # {}\n", "a\r\nb\rc\n\n  d ", "a\0b",
     "First Citizen:\n  To be \u2026\n\n<|endoftext|><|im_start|>x"]
 VALUES = {"Seed": 7, "Length": 20, "Temperature": 0.9, "Top-k": 30, "Top-p": 0.95}
@@ -203,7 +202,7 @@ def test_tensorboard_gets_every_step_once_however_often_it_is_asked(run_dir):
 
 @pytest.mark.slow
 def test_the_benchmark_tells_whether_runs_have_the_same_bits(data_dir, monkeypatch):
-    Path("r.py").write_text("\n".join(key[2:].replace("false", "False") for key in TINY))
+    Path("r.py").write_text("\n".join(key[2:].replace("false", "False") for key in TINY[:-1]))
     keys = ["exact", "--recipe=r.py", f"--data_dir={data_dir}", "--output=report.json"]
     done = run_main(bench.main, *keys)
     assert done.code == 0 and done.out.count("the same bits") == 2, done
@@ -263,6 +262,7 @@ def test_a_space_is_a_new_folder_and_tells_nothing_of_this_machine(run_dir):
     assert done.code == 0 and done.out.endswith(" 'sp ace'\n")
     assert not {"run.json", ".lock", "samples"} & {path.name for path in Path("sp ace").rglob("*")}
     assert train.checkpoints(f"sp ace/{run_dir.name}") and os.listdir() == ["sp ace"]
+    assert not any(str(run_dir.parent).encode() in (raw or b"") for raw in snapshot().values())
 
 
 @pytest.mark.slow

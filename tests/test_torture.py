@@ -27,6 +27,7 @@ from transformers import PreTrainedTokenizerFast
 import prepare
 import sample
 import train
+from model import compiler_problem
 from tests.harness import (ROOT, RUN, Process, Result, descendants, expect, expect_end, flaw,
                            intact, last_step, lost_bits, make_data, proc, resume_here, run_main,
                            snapshot, train_here, training)
@@ -95,6 +96,8 @@ def stops(row, folder, n, cases, lives=1):
     keys = [f"--max_steps={30 + 20 * lives}", "--learning_rate=1", "--min_lr=1"]
     if cases == COMPILING:
         keys = ["--max_steps=10", "--compile=true"]
+        if compiler_problem(torch.device("cpu")):
+            raise SkipTest("no compiler works here")
     (data, wanted), hits = prepared(folder, *keys), Counter()
     for i in range(n):
         (signums, instant), out = cases[i % len(cases)], folder / f"out{i // lives}"
@@ -104,11 +107,11 @@ def stops(row, folder, n, cases, lives=1):
         with training(data, *keys, out=out, **fresh) as p:
             p.until(lambda: last_step(out) >= due and is_there(p, out))
             time.sleep(rng.random() * seconds)
-            at, was_alive = last_step(out), p.poll() is None
+            was_alive = p.poll() is None
             for signum in signums:
                 p.signal(signum)
                 time.sleep(0.002)
-            code, _, text, _ = p.end()
+            at, (code, _, text, _) = last_step(out), p.end()
         hits[instant] += 1
         hits["torn saves"] += (out / "checkpoint.tmp").exists()
         saved, is_asked = intact(out), code - 128 in signums
@@ -412,13 +415,11 @@ PARTS = {  # what it is, its short form, and that of the campaign
     "kills": (stops, {"cases": KILLS, "n": 5, "lives": 5}, {"cases": KILLS, "n": 100, "lives": 6}),
     "preparation": (kill_preparation, {"n": 3}, {"n": 25}),
     "disks": (disks, {"cases": DISKS[::5] + DISKS[-1:]}, {"cases": DISKS}),
-    "checkpoints": (damaged_checkpoints, {"n": 40}, {"n": 1000}),
-    "data": (damaged_data, {}, {}),
+    "checkpoints": (damaged_checkpoints, {"n": 40}, {"n": 1000}), "data": (damaged_data, {}, {}),
     "signals": (stops, {"cases": SHORT, "n": 4}, {"cases": SIGNALS, "n": 27}),
     "compiling": (stops, {"cases": COMPILING, "n": 1}, {"cases": COMPILING, "n": 3}),
     "strangers": (strangers, {}, {}),
-    "memory": (memory, {"steps": 300}, {"steps": 2000}),
-    "fuzz": (fuzz, {"n": 200}, {"n": 2000}),
+    "memory": (memory, {"steps": 300}, {"steps": 2000}), "fuzz": (fuzz, {"n": 200}, {"n": 2000}),
     "commands": (fuzz, {"n": 5, "real": True}, {"n": 100, "real": True})}
 SLOW = ("kills", "signals", "compiling", "memory")
 

@@ -135,6 +135,8 @@ def read_records(stream, shown, column):
         if text is not None and not isinstance(text, str):
             kind = type(text).__name__
             raise ValueError(f"--column {column}: record {number} of {shown} has {kind}, not text")
+        with prepare.explaining(f"record {number} of {shown} is not Unicode"):
+            (text or "").encode()  # half a surrogate pair, as where an emoji was cut
         yield f"record {number} of {shown}", text or ""
 
 

@@ -7,6 +7,7 @@ It listens on this machine only and reports nothing to anyone. Programs call /ge
 """
 import os
 import re
+import socket
 import threading
 import time
 from contextlib import suppress
@@ -70,7 +71,7 @@ def stream(is_on, name, prompt, stops, seed, length, temperature, top_k, top_p):
     text, line, tokens, seconds = "", "0 tokens", 0, 0.0
     yield text, line, True  # loading and compiling take a while
     with ONE_STEP:
-        place = name if os.path.exists(name) else os.path.dirname(name)  # OUT_DIR/best is no file
+        place = name if os.path.exists(name) else os.path.dirname(name) or "out"  # best is no file
         loaded = load(name, os.path.exists(place) and os.path.getmtime(place))
     pieces = sample.write(*loaded, prompt, 1, int(length), stops, int(seed),
                           temperature=temperature, top_k=int(top_k), top_p=top_p)
@@ -174,20 +175,25 @@ def main(argv=None):
     add("--host", help="0.0.0.0 lets others in [the variable GRADIO_SERVER_NAME, else 127.0.0.1]")
     args = parser.parse_args(argv)
     for name in args.checkpoint:
-        if not Path(name).exists() and "best" not in name and not re.fullmatch(HUB_NAME, name):
+        is_best = Path(name).name == "best"
+        if not Path(name).exists() and not is_best and not re.fullmatch(HUB_NAME, name):
             parser.error(f"--checkpoint {name}: no such file or folder")
     if not find_spec("gradio"):
         raise ValueError("gradio is missing: pip install -r tools/requirements.txt")
     if not found(args.checkpoint):
         raise ValueError("there is no checkpoint here: name one with --checkpoint, or make one "
                          "with python train.py config/smollm2.py")
+    if args.host:
+        with prepare.explaining(f"--host {args.host} is no address of this machine"):
+            socket.create_server((args.host, 0)).close()
     blocks = page(args.checkpoint)
     look = {"css": CSS, "head": CTRL_ENTER, "footer_links": ["api"], "show_error": True}
     try:
         _, url, _ = blocks.launch(server_name=args.host, server_port=args.port, share=False,
                                   ssr_mode=False, quiet=True, prevent_thread_lock=True, **look)
-    except OSError:  # gradio tells to call a function otherwise
-        raise ValueError("the port is taken: name another --port") from None
+    except Exception as e:  # gradio tells to call a function otherwise
+        raise ValueError("cannot serve there: is the port taken (--port), or a proxy asked (set "
+                         f"no_proxy=127.0.0.1)? {prepare.first_line(e)}") from None
     print(f"open {url} (Ctrl-C ends it)", flush=True)
     blocks.block_thread()
 

@@ -198,7 +198,7 @@ def write_card(args, folder, state, parameters, title):
     from tools.plot import draw, read_metrics
     from train import KEYS
     config, meta, step, rows = state["config"], read_meta(state), state["step"], []
-    if (state["file"].parent / "metrics.jsonl").exists():
+    with suppress(ValueError):  # none are there
         rows = [row for row in read_metrics(state["file"].parent) if row["step"] <= step]
     tests = [row for row in rows if row.get("val_loss") is not None]
     is_evaluated = tests and tests[-1]["step"] == step

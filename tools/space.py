@@ -11,7 +11,8 @@ from pathlib import Path
 
 import prepare
 from model import HUB_NAME
-from train import checkpoints
+from tools.export import PATHS
+from train import checkpoints, read_checkpoint, write_checkpoint
 
 FRONT_MATTER = """\
 ---
@@ -28,7 +29,8 @@ from tools.demo import main
 main({argv!r})
 """
 PRIVATE = shutil.ignore_patterns("run.json", ".lock", "samples", "*.superseded", "tensorboard",
-                                 "checkpoint.tmp")
+                                 "checkpoint.tmp", "plot.*")
+RUN_ALONE = {"optimizer": {}, "muon": {}, "rng": [], "machine": {}}  # what resumes a run
 
 
 def write_space(folder, sources, models):
@@ -40,6 +42,10 @@ def write_space(folder, sources, models):
         shutil.copy(root / file, folder / file)
     for name, source in sources.items():
         shutil.copytree(source, folder / name, ignore=PRIVATE)
+        for path in checkpoints(folder / name):
+            state = read_checkpoint(path)
+            state["config"] |= dict.fromkeys(PATHS, "")
+            write_checkpoint(path, state | RUN_ALONE)
     pinned = [line.split()[0] for file in ("requirements.txt", "tools/requirements.txt")
               for line in (root / file).read_text().splitlines() if "==" in line]
     versions = dict(line.split("==") for line in pinned)
@@ -71,6 +77,8 @@ def main(argv=None):
     for name in sources.values():
         if not Path(name, "config.json").exists() and not checkpoints(name):
             parser.error(f"{name}: holds no model")
+        if folder.resolve().is_relative_to(Path(name).resolve()):
+            parser.error(f"{folder} is inside {name}, which would be copied into itself")
     write_space(folder, sources, models)
 
 
