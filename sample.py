@@ -29,8 +29,8 @@ def parse_args(argv):
     add = parser.add_argument
     add("--prompt", type=utf8, default="\n",
         help="text to continue; - reads standard input [a line break]")
-    add("--checkpoint", default="out", help="a file, an out_dir (its newest), best, OUT_DIR/best, "
-        "a folder in Hugging Face's format, or a hub name [out]")
+    add("--checkpoint", type=prepare.typed_path, default="out", help="a file, an out_dir (its "
+        "newest), best, OUT_DIR/best, a folder in Hugging Face's format, or a hub name [out]")
     add("--temperature", type=number(float, 0, 1e6), default=0.8,
         help="below 1 likelier, above 1 wilder tokens; 0: always the likeliest [0.8]")
     add("--top_k", type=number(int, 0), default=50, help="of the k likeliest; 0: all [50]")
@@ -56,7 +56,7 @@ def load(checkpoint):
     in one line, where there is nothing to load. The hub is asked only for USER/NAME as typed."""
     from model import HUB_NAME, from_pretrained, model_of
     from train import TrainConfig, load_checkpoint
-    path = Path("out/best") if checkpoint == "best" else Path(checkpoint).expanduser()
+    path = Path("out/best") if checkpoint == "best" else Path(checkpoint)
     if (path / "config.json").is_file():
         return from_pretrained(path), path, None
     is_path = path.parent.exists() or path.suffix == ".pt" or path.name == "best"

@@ -308,7 +308,7 @@ def train(run, signals):
             row["val_loss"] = evaluate(run)
             if not run.best or row["val_loss"] < run.best["val_loss"]:
                 run.best = {"step": run.step, "val_loss": row["val_loss"]}
-                must_save = config.checkpoint_interval > 0  # (if the run makes checkpoints at all)
+                must_save = config.checkpoint_interval  # (if the run makes checkpoints at all)
         if RANK == 0:
             if run.is_due(config.sample_interval):
                 show(f"--- sample at step {run.step}\n{write_sample(run)}\n---")
@@ -616,7 +616,7 @@ def set_up_machine(config):
         machine["processor"] = f"{facts.get('cpu_name')} #{zlib.crc32(repr(facts).encode()):x}"
         machine["device"] = f"{device.type} ({torch.backends.cpu.get_cpu_capability()})"
     if WORLD_SIZE > 1:
-        store, *_ = next(dist.rendezvous("env://"))  # (30 minutes: the first may prepare data)
+        store, *_ = next(dist.rendezvous("env://"))
         if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
             # torchrun's store outlives a restart, with the addresses of the dead (pytorch #135712).
             store = dist.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
@@ -634,7 +634,8 @@ def set_up_machine(config):
         import triton
         machine["triton"] = triton.__version__
     elif not problem:
-        machine["compiler"] = collect_env.get_gcc_version(collect_env.run)
+        machine["compiler"] = prepare.first_line(subprocess.getoutput(
+            f"{os.environ.get('CXX', 'g++')} --version"))
     show(f"device   {device}, threads {machine['threads']}, processes {WORLD_SIZE}, "
          f"{machine['dtype']} ({reason}), {compiled}")
     return device, dtype, machine
@@ -783,7 +784,7 @@ def open_data(config):
              2 if isinstance(e, FileNotFoundError) else 1)
     needed, n = data.meta["vocab_size"], len(data.train)
     if needed > config.vocab_size:
-        fail(f"vocab_size = {config.vocab_size}, but {folder} needs {needed}: raise it")
+        fail(f"vocab_size = {config.vocab_size}, but {folder} needs {needed}: start a run with it")
     if n <= T:
         fail(f"block_size = {T} needs {T + 1} tokens, {folder} has {n}: lower it, or use more text")
     return data
@@ -806,11 +807,12 @@ def set_up(source, overrides):
         if is_out_of_memory(e):
             raise
         fail(f"the checkpoint does not hold a run: {e!r}")
-    mine = (run.step, run.data.fingerprint, asdict(config) | {"out_dir": "", "data_dir": ""})
+    mine = (run.step, run.data.fingerprint, run.machine["dtype"],
+            asdict(config) | {"out_dir": "", "data_dir": ""})
     starts = of_all(mine)
     if starts != [mine] * WORLD_SIZE:
-        fail(f"the processes are at steps {[step for step, *_ in starts]}, or their data or keys "
-             "differ: every machine needs the same command, data_dir and (to resume) out_dir")
+        fail(f"the processes are at steps {[step for step, *_ in starts]}, or data, dtypes or "
+             "keys differ: each machine needs the same command, data_dir and (to resume) out_dir")
     if run.machine["compile"]:
         is_whole = WORLD_SIZE == 1 and config.micro_batch_size in (0, config.batch_size)
         run.model.compile_for_training(config.batch_size * config.block_size if is_whole else 0)
@@ -887,7 +889,7 @@ def main(argv):
             fail(f"stopped in a step; {again} continues from the last save", 128 + signals[0])
         if not is_out_of_memory(e):
             raise
-        fail("out of memory: lower --micro_batch_size or --block_size")
+        fail("out of memory: try --micro_batch_size=1, or a lower --block_size")
     code = 0
     written = f"{out}/step_{run.step:06d}.pt is written{hint_of_best(out, run.state())}"
     if run.step < run.config.max_steps:

@@ -88,7 +88,7 @@ MISTAKES = {  # (script, exit code): what is typed, and what the line says
     (space, 2): [("full bad", "full is there"), ("x no/run/x", "no/run/x"), ("x", "checkpoint"),
                  ("x bad bad", "its own"), ("x nano", "nano, no model"), ("new/x new", "inside")],
     (demo, 2): [("--checkpoint=no/run/x", "no/run/x"), ("--checkpoint=out-bestt", "out-bestt")],
-    (demo, 1): [("", "gradio, tools/requirements.txt")], (bench, 1): [("--output=full", "full")]}
+    (demo, 1): [("", "gradio, tools/requirements.txt")], (bench, 1): [("fast --output=bad", "bad")]}
 
 
 @pytest.mark.parametrize("script, code, typed, words", [

@@ -259,7 +259,8 @@ def export(args):
 def main(argv=None):
     parser = prepare.new_parser("tools.export", __doc__)
     add = parser.add_argument
-    add("checkpoint", help="a file, an out_dir (its newest), best, OUT_DIR/best")
+    add("checkpoint", type=prepare.typed_path,
+        help="a file, an out_dir (its newest), best, OUT_DIR/best")
     add("folder", type=lambda text: Path(prepare.typed_path(text)), help="the folder to write")
     add("--dtype", choices=["float32", "bfloat16"], default="float32", help="[float32]")
     add("--licence", "--license", metavar="NAME", help="for the card: mit, apache-2.0, cc-by-4.0, "
