@@ -107,8 +107,7 @@ class Process(contextlib.AbstractContextManager):
         end = time.monotonic() + timeout
         while self.code is None:
             pid, status = os.waitpid(self.pid, os.WNOHANG)
-            if pid:
-                self.code = os.waitstatus_to_exitcode(status)
+            self.code = os.waitstatus_to_exitcode(status) if pid else None
             if pid or time.monotonic() >= end:
                 break
             time.sleep(0.001)

@@ -22,7 +22,7 @@ FILES = {"good.txt": PROSE, "empty.txt": "\ufeff", "short.txt": "!?", "gz.txt": 
     "good.jsonl": '{"text": "one two three", "n": 1}\n' * 9, "nano/train.bin": "ids",
     "broken/tokenizer.json": "{}", "mine/meta.json": "{}", "mine/notes.txt": "", "full/me": "",
     "hollow/x.py": "", "bad/metrics.jsonl": "{}\n{}\n", "list/metrics.jsonl": "[1]\n",
-    "binary/metrics.jsonl": b"\xff\n", "empty/metrics.jsonl": "", "new/step_1.pt": "",
+    "binary/metrics.jsonl": b"\xff\n", "empty/metrics.jsonl": "", "w/step_1.pt": "",
     "whole/metrics.jsonl": '{"step": 1, "loss": 1, "tokens": 1, "seconds": 1}\n',
     "theirs/samples/step_000001.txt": "theirs", "cut.jsonl": r'{"text": "\ud83d"}'}
 MISTAKES = {  # (script, exit code): what is typed, and what the line says
@@ -86,7 +86,7 @@ MISTAKES = {  # (script, exit code): what is typed, and what the line says
     (bench, 2): [("nonsense", "nonsense"), ("train --shapes=4", "BxT"), ("--runs=0", "--runs"),
                  ("--what", "--what"), ("exact --data_dir=none", "none, python prepare.py")],
     (space, 2): [("full bad", "full is there"), ("x no/run/x", "no/run/x"), ("x", "checkpoint"),
-                 ("x bad bad", "its own"), ("x nano", "nano, no model"), ("new/x new", "inside")],
+                 ("x bad bad", "of its own"), ("x nano", "nano, no model"), ("w/x w", "inside")],
     (demo, 2): [("--checkpoint=no/run/x", "no/run/x"), ("--checkpoint=out-bestt", "out-bestt")],
     (demo, 1): [("", "gradio, tools/requirements.txt")], (bench, 1): [("fast --output=bad", "bad")]}
 

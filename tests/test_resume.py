@@ -186,8 +186,9 @@ FP16 = {"machine": {"dtype": "float16"}, "scaler": torch.amp.GradScaler("cpu").s
 
 
 @pytest.mark.parametrize("was, argv, code, words", [
-    ({"machine": {"torch": "1.0.0", "processor": "x"}}, "", 0, "torch 1.0.0 →, processor x →"),
-    ({"machine": {"device": "cuda (X)", "threads": 77}}, "", 0, "device cuda (X) →, threads 77"),
+    ({"machine": {"torch": "1.0.0"}}, "", 0, f"torch 1.0.0 → {torch.__version__}"),
+    ({"machine": {"device": "cuda (Fast 9000)"}}, "", 0, "device cuda (Fast 9000) → cpu"),
+    ({"machine": {"processor": "x", "threads": 77}}, "", 0, "processor x →, threads 77 → 2"),
     ({}, "--dtype=bfloat16", 0, "threads 1 → 2, dtype float32 → bfloat16"),
     ({}, "--dtype=float16", 0, "dtype float32 → float16"), (FP16, "", 0, "dtype float16 → float32"),
     ({}, "--batch_size=8 --learning_rate=0.5", 0, "batch_size 4 → 8, rate 0.01 → 0.5"),
