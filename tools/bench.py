@@ -100,17 +100,18 @@ def transformers_model(**options):
 
 
 def machine_rates():
-    """FLOP/s over the matrix products of a training step, and the bytes/s read from memory."""
+    """FLOP/s over the matrix products of a training step, in its dtype ("own") and in float32, and
+    the bytes/s read from memory."""
     import torch
 
     from model import pick_device
-    device = pick_device()[0]
+    device, own, _ = pick_device()
     M = 1024 if device.type == "cpu" else 16384  # tokens
     counts = {(576, 576): 60, (576, 192): 60, (576, 1536): 60, (1536, 576): 30, (576, 49152): 1}
 
     def step():
         rates = {}
-        for dtype in (torch.bfloat16, torch.float32):
+        for name, dtype in {"own": own, "float32": torch.float32}.items():
             flops = seconds = 0
             for (K, N), count in counts.items():
                 x, w, dy = (torch.randn(*shape, device=device).to(dtype)
@@ -119,7 +120,7 @@ def machine_rates():
                 for a, b, out in [(x, w.t(), y), (dy, w, dx), (dy.t(), x, dw)]:
                     seconds += count * seconds_of(partial(torch.mm, a, b, out=out), device)
                     flops += count * 2 * M * K * N
-            rates[str(dtype)[6:]] = flops / seconds
+            rates[name] = flops / seconds
         buffer = torch.ones(2**28, device=device)  # 1 GiB
         rates["read"] = buffer.nbytes / seconds_of(buffer.sum, device)
         return rates
@@ -338,8 +339,8 @@ def processor():
 def bench_train(args, report):
     [machine] = take_turns({"machine": partial(machine_rates)}, 1, 0, "machine")
     rates = report["rates"] = machine.get("result")[0]
-    print(f"\nmatrix products of the model's shapes: bf16 {rates['bfloat16'] / 1e9:,.0f} GFLOP/s, "
-          f"fp32 {rates['float32'] / 1e9:,.0f}; memory reads {rates['read'] / 1e9:.1f} GB/s")
+    print(f"\nmatrix products of the model's shapes: {rates['own'] / 1e9:,.0f} GFLOP/s, in float32 "
+          f"{rates['float32'] / 1e9:,.0f}; memory reads {rates['read'] / 1e9:.1f} GB/s")
     compare_steps(args, report, "train", {
         "ours": partial(train_ours, deterministic=args.deterministic),
         "transformers": partial(train_transformers),
@@ -361,9 +362,9 @@ def compare_steps(args, report, part, works):
     """Training steps of contestants; the first is what the others' ratios refer to."""
     from model import SmolLM2, SmolLM2Config
     model = SmolLM2(SmolLM2Config())
-    print(f"\n{part:<32}{'s/step':>24}{'tok/s':>9}{'ratio':>22}{'TFLOP/s':>9}{'of bf16':>9}"
+    print(f"\n{part:<32}{'s/step':>24}{'tok/s':>9}{'ratio':>22}{'TFLOP/s':>9}{'of rate':>9}"
           f"{'memory':>9}{'first':>8}")
-    rate = report.get("rates", {}).get("bfloat16", math.nan)
+    rate = report.get("rates", {}).get("own", math.nan)
     for shape in args.shapes:
         B, T = map(int, shape.split("x"))
         shaped = {label: partial(work, shape=(B, T)) for label, work in works.items()}
