@@ -66,7 +66,8 @@ class Linear(nn.Module):
             # A single row, as in decoding one text: this reads the weights at the memory's speed,
             # F.linear at a third of it on a CPU.
             return (x[..., None, :] * self.weight.float()).sum(-1).to(x.dtype)
-        return F.linear(x, self.weight)
+        # (float: a prompt can be in more bytes than the weights, see generate)
+        return F.linear(x, self.weight.float() if x.dtype == torch.float32 else self.weight)
 
 
 def linears(x, *layers):
@@ -76,7 +77,7 @@ def linears(x, *layers):
         return [layer(x) for layer in layers]
     # Compiled, torch.cat is fused with autocast's cast of the weights: it is free.
     weight = torch.cat([layer.weight for layer in layers])
-    return F.linear(x, weight).split([len(layer.weight) for layer in layers], -1)
+    return F.linear(x, weight.to(x.dtype)).split([len(layer.weight) for layer in layers], -1)
 
 
 class RMSNorm(nn.RMSNorm):
@@ -112,13 +113,12 @@ def attention(q, k, v):
     """Causal attention (B, H, T, D) of q (B, H, T, D) over k and v (B, H_kv, T, D).
 
     The next two functions compute the same, faster: a change belongs in all three."""
-    device = q.device.type
-    if device == "cpu" and torch.compiler.is_compiling():
+    if q.is_cpu and torch.compiler.is_compiling():
         return cpu_attention(q, k, v)
-    # Several query heads share a key head, without copies of it, on a CPU and in flash attention,
-    # which GPUs that get bf16 have (pick_device). Elsewhere on CUDA enable_gqa would fall to a
-    # kernel that stores T x T scores; on MPS it aborts the process.
-    shared = device == "cpu" or (device == "cuda" and q.dtype == torch.bfloat16)
+    # Several query heads share a key head, without copies of it, in flash attention, which GPUs
+    # that get bf16 have (pick_device). Elsewhere on CUDA enable_gqa would fall to a kernel that
+    # stores T x T scores; on MPS it aborts the process.
+    shared = q.dtype == torch.bfloat16 and not q.is_mps
     if not shared:
         k, v = [t.repeat_interleave(q.size(1) // k.size(1), dim=1) for t in (k, v)]
     return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=shared)
@@ -360,6 +360,7 @@ def generate(model, idx, max_new_tokens, compile=False, **sampling):
     cos, sin = rotary_table(size, config, idx.device)
     shape = math.ceil(size / PAGE) + 1, B * config.num_key_value_heads
     caches = [(zeros(*shape, D, PAGE), zeros(*shape, PAGE, D)) for _ in model.model.layers]
+    emulated = idx.is_cpu and not cpu_has_bf16()
     of_prompt = of_token = DecoderLayer.forward, SmolLM2.next_logits
     if compile:  # not for a prompt: its length is new each time
         of_token = [torch.compile(function, options=DECODE_OPTIONS) for function in of_prompt]
@@ -368,8 +369,8 @@ def generate(model, idx, max_new_tokens, compile=False, **sampling):
         """The logits (B, V) after the tokens idx (B, T) at positions (T,), which join the cache."""
         run_layer, next_logits = of_prompt if idx.size(1) > 1 else of_token
         x = model.embed(idx)
-        if compile and idx.numel() == 1:
-            x = x.float()  # a single row costs nothing
+        if emulated and idx.size(1) > 1 or compile and idx.numel() == 1:
+            x = x.float()  # a single row costs nothing; products of many in bf16 do, emulated
         rotary = cos[positions], sin[positions]  # (T, D / 2)
         for layer, cache in zip(model.model.layers, in_use):
             x = run_layer(layer, x, rotary, (*cache, positions))
@@ -451,12 +452,19 @@ def from_pretrained(source):
         return model_of(config, state).float()
     except Exception as e:
         problem = textwrap.shorten(f"{type(e).__name__}: {e}", 200)
-        raise ValueError(f"cannot load {source}: {problem}") from e
+        raise ValueError(f"cannot load {source}: {problem}")
 
 
-def pick_device(device="auto", dtype="auto"):
+def cpu_has_bf16():
+    """Whether the processor multiplies in bf16. Emulated, that takes several times fp32's time."""
+    has = torch.cpu.get_capabilities()
+    return any(has[name] for name in has if "bf16" in name)
+
+
+def pick_device(device="auto", dtype="auto", decoding=False):
     """(torch.device, torch.dtype, the reason for that dtype). "cuda" is this process's own GPU.
 
+    decoding: of single tokens, which waits for the weights' bytes: bf16 on any CPU.
     Raises ValueError where there is no such device."""
     if device == "auto":
         device = next(name for name in ("cuda", "mps", "cpu")
@@ -470,14 +478,12 @@ def pick_device(device="auto", dtype="auto"):
     device = torch.device(device)
     if dtype != "auto":
         return device, getattr(torch, dtype), "as asked"
-    fallback, has = torch.float32, torch.cpu.get_capabilities()
+    native, fallback = device.type == "cpu" and (decoding or cpu_has_bf16()), torch.float32
     if device.type == "cuda":
         native, fallback = torch.cuda.get_device_capability(device) >= (8, 0), torch.float16
-    else:
-        native = device.type == "cpu" and any(has[name] for name in has if "bf16" in name)
     if native:
         return device, torch.bfloat16, "native"
-    return device, fallback, "no native bf16"  # emulated, it is slower than this
+    return device, fallback, "no native bf16"
 
 
 @lru_cache

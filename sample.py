@@ -42,7 +42,7 @@ def parse_args(argv):
     add("--stop", action="append", default=[], metavar="TEXT", help="end before this text")
     add("--device", default="auto", help="auto, cpu, cuda, mps [auto]")
     add("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"),
-        help="[auto: bfloat16 where the machine has it]")
+        help="[auto: bfloat16; on older GPUs float16, on Apple's float32]")
     args = parser.parse_args(argv)
     if "" in args.stop:
         parser.error("--stop: an empty text would end at once")
@@ -118,7 +118,7 @@ def main(argv=None):
     from model import is_out_of_memory, keep_freed_memory, pick_device
     from train import hint_of_best
     try:
-        device, dtype, _ = pick_device(options.pop("device"), options.pop("dtype"))
+        device, dtype, _ = pick_device(options.pop("device"), options.pop("dtype"), True)
     except ValueError as e:
         prepare.fail("sample.py", f"--{e}", 2)
     model, folder, state = load(options.pop("checkpoint"))
@@ -141,7 +141,7 @@ def main(argv=None):
         os._exit(0)
     except (MemoryError, RuntimeError) as e:
         if is_out_of_memory(e):
-            raise ValueError("out of memory: lower --num_samples or --max_new_tokens") from None
+            raise ValueError("out of memory: lower --num_samples or --max_new_tokens")
         raise
 
 

@@ -21,7 +21,6 @@ import signal
 import subprocess
 import sys
 import time
-import warnings
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -293,8 +292,7 @@ def train(run, signals):
         factor = lr_factor(config, run.step)
         for optimizer in run.optimizers.values():
             for group in optimizer.param_groups:
-                group.setdefault("initial_lr", group["lr"])  # so torch's schedulers name it
-                group["lr"] = group["initial_lr"] * factor
+                group["lr"] = optimizer.defaults["lr"] * factor
         loss, norm = train_step(run, get_batch(run))
         run.advance()
         seconds = time.perf_counter() - began
@@ -651,7 +649,6 @@ READERS = {bool: lambda text: {"true": True, "false": False}.get(text.lower(), t
 
 def read_recipe(path):
     """The plain assignments of a recipe as words of the command line. It is read, never run."""
-    warnings.simplefilter("ignore", SyntaxWarning)  # what is wrong is said below, in one line
     try:
         tree = ast.parse(Path(path).read_bytes())
     except Exception as e:  # a file can be wrong in any way

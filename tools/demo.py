@@ -63,7 +63,7 @@ def found(asked):
 def load(name, changed):
     """(model, tokenizer, eos), loaded once for all. changed: when. Raises ValueError."""
     model, folder, _ = sample.load(name)
-    return model.to(*pick_device()[:2]).eval(), *prepare.open_tokenizer(folder)
+    return model.to(*pick_device(decoding=True)[:2]).eval(), *prepare.open_tokenizer(folder)
 
 
 def stream(is_on, name, prompt, stops, seed, length, temperature, top_k, top_p):
