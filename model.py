@@ -13,7 +13,7 @@ import os
 import re
 import textwrap
 from collections import Counter
-from contextlib import nullcontext, suppress
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -319,7 +319,8 @@ class SmolLM2(nn.Module):
 # A token takes 8 ms on a CPU, so small things count: sizes that cannot change are not checked, and
 # x * y + z is rounded once.
 DECODE_OPTIONS = {"size_asserts": False, "cpp.enable_floating_point_contract_flag": "fast"}
-PROMPT_KERNELS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+# of attention: without cuDNN's, which plans up to 1 s for each length of a prompt
+KERNELS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
 def sample_token(logits, temperature=1.0, top_k=0, top_p=1.0, generator=None):
@@ -360,7 +361,6 @@ def generate(model, idx, max_new_tokens, compile=False, **sampling):
     cos, sin = rotary_table(size, config, idx.device)
     shape = math.ceil(size / PAGE) + 1, B * config.num_key_value_heads
     caches = [(zeros(*shape, D, PAGE), zeros(*shape, PAGE, D)) for _ in model.model.layers]
-    emulated = idx.is_cpu and not cpu_has_bf16()
     of_prompt = of_token = DecoderLayer.forward, SmolLM2.next_logits
     if compile:  # not for a prompt: its length is new each time
         of_token = [torch.compile(function, options=DECODE_OPTIONS) for function in of_prompt]
@@ -369,8 +369,9 @@ def generate(model, idx, max_new_tokens, compile=False, **sampling):
         """The logits (B, V) after the tokens idx (B, T) at positions (T,), which join the cache."""
         run_layer, next_logits = of_prompt if idx.size(1) > 1 else of_token
         x = model.embed(idx)
-        if emulated and idx.size(1) > 1 or compile and idx.numel() == 1:
-            x = x.float()  # a single row costs nothing; products of many in bf16 do, emulated
+        is_emulated = idx.size(1) > 1 and idx.is_cpu and not cpu_has_bf16()
+        if is_emulated or compile and idx.numel() == 1:
+            x = x.float()  # products of many rows are then faster, and of one as fast
         rotary = cos[positions], sin[positions]  # (T, D / 2)
         for layer, cache in zip(model.model.layers, in_use):
             x = run_layer(layer, x, rotary, (*cache, positions))
@@ -391,13 +392,9 @@ def generate(model, idx, max_new_tokens, compile=False, **sampling):
         if n == first and idx.is_cuda:  # the 1,850 launches of a step outlast their work
             with torch.autocast("cuda", enabled=False):  # on in a training's samples: not captured
                 read = torch.cuda.make_graphed_callables(read, (idx.clone(), positions))
-        context = nullcontext()
-        if T > 1:
-            context = sdpa_kernel(PROMPT_KERNELS)  # without cuDNN, which plans up to 1 s for each T
-        elif compile and n > first:
-            # The first step has shown that what was compiled fits: it is not checked at each token.
-            context = torch.compiler.set_stance(skip_guard_eval_unsafe=True)
-        with context:
+        # The first step shows that what was compiled fits: it is not checked at each token.
+        fits = torch.compiler.set_stance(skip_guard_eval_unsafe=compile and n > first)
+        with fits, sdpa_kernel(KERNELS):
             logits = read(idx, positions)
         new = sample_token(logits, **sampling)
         yield new

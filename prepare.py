@@ -268,6 +268,7 @@ def replacing(out_dir):
     out_dir = Path(os.path.realpath(out_dir))  # of a link, what it leads to is replaced
     if Path.cwd().is_relative_to(out_dir):  # the shell would be left in a folder that is gone
         raise ValueError(f"--out_dir {out_dir}: this is where you are; name a folder below it")
+    is_parent_new = not out_dir.parent.exists()
     work = out_dir.with_name(f".{out_dir.name}.part")
     new, old = work / "new", work / "old"
     lock = FileLock(work / "lock", timeout=0)
@@ -295,6 +296,9 @@ def replacing(out_dir):
         if out_dir.exists() or not old.exists():  # else the next start puts the old data back
             shutil.rmtree(work, ignore_errors=True)  # while the lock in it is held
         lock.release()
+        if is_parent_new:
+            with suppress(OSError):
+                out_dir.parent.rmdir()  # after an error: if there is anything in it, it stays
 
 
 # ---- the command line ----
@@ -339,7 +343,7 @@ def explaining(what):
     try:
         yield
     except Exception as error:
-        raise ValueError(f"{what}: {first_line(error)}") from error
+        raise ValueError(f"{what}: {first_line(error)}")
 
 
 @contextmanager

@@ -21,6 +21,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -187,7 +188,6 @@ def make_optimizers(model, config, dtype):
     """The optimizers, named as in a checkpoint. Their rates are the highest: train scales them."""
     optimizers = {}
     matrices = [p for p in model.parameters() if p.dim() >= 2]
-    norms = [p for p in model.parameters() if p.dim() < 2]
     if config.optimizer == "muon":
         alike = zip(*[layer.parameters() for layer in model.model.layers])
         groups = [{"params": params} for params in alike if params[0].dim() == 2]
@@ -196,7 +196,7 @@ def make_optimizers(model, config, dtype):
         taken = {p for group in groups for p in group["params"]}
         matrices = [p for p in matrices if p not in taken]  # the embedding, and what else there is
     groups = [{"params": matrices, "weight_decay": config.weight_decay},
-              {"params": norms, "weight_decay": 0.0}]
+              {"params": [p for p in model.parameters() if p.dim() < 2], "weight_decay": 0.0}]
     optimizers["optimizer"] = torch.optim.AdamW(groups, config.learning_rate,
                                                 (config.beta1, config.beta2), fused=True)
     return optimizers
@@ -355,8 +355,8 @@ class Run:
 
     def state(self):
         """All that a checkpoint holds but for the random generators, see save."""
-        optimizers = {name: optimizer.state_dict() for name, optimizer in self.optimizers.items()}
-        return {**asdict(self), "model": self.model.state_dict(), **optimizers,
+        return {**asdict(self), "model": self.model.state_dict(),
+                **{name: optimizer.state_dict() for name, optimizer in self.optimizers.items()},
                 "scaler": self.scaler.state_dict(), "config": asdict(self.config),
                 "data": self.data.fingerprint, "machine": self.machine}
 
@@ -555,9 +555,8 @@ def load_checkpoint(source, **kwargs):
 def hint_of_best(folder, state):
     """Where a checkpoint's run had its lowest held-out loss, in brackets; "" if it is the last."""
     best = state["best"]
-    # (with nothing measured since, it is the last)
-    is_latest = not best or best["step"] + state["config"]["eval_interval"] > state["step"]
-    if is_latest or not (folder / f"step_{best['step']:06d}.pt").exists():
+    if (not best or best["step"] + state["config"]["eval_interval"] > state["step"]  # none since
+            or not (folder / f"step_{best['step']:06d}.pt").exists()):
         return ""
     return (f" (the held-out loss was lowest at step {best['step']}: "
             f"--checkpoint {shlex.quote(str(folder / 'best'))})")
@@ -606,7 +605,6 @@ def set_up_machine(config):
     if on_gpu:
         torch.cuda.set_device(device)
         machine["device"] = f"cuda ({torch.cuda.get_device_name(device)})"
-        machine["cuda"] = torch.version.cuda
         machine["driver"] = collect_env.get_nvidia_driver_version(collect_env.run)
     else:
         keep_freed_memory()
@@ -628,12 +626,13 @@ def set_up_machine(config):
     problem = compiler_problem(device) if config.compile else "as asked"
     machine["compile"] = problem is None
     compiled = f"not compiled ({problem})" if problem else "compiled (up to a minute at first)"
-    if on_gpu and not problem:
-        import triton
-        machine["triton"] = triton.__version__
-    elif not problem:
-        machine["compiler"] = prepare.first_line(subprocess.getoutput(
-            f"{os.environ.get('CXX', 'g++')} --version"))
+    if not problem:
+        if on_gpu:
+            import triton
+            machine["triton"] = triton.__version__
+        else:
+            machine["compiler"] = prepare.first_line(subprocess.getoutput(
+                f"{os.environ.get('CXX', 'g++')} --version"))
     show(f"device   {device}, threads {machine['threads']}, processes {WORLD_SIZE}, "
          f"{machine['dtype']} ({reason}), {compiled}")
     return device, dtype, machine
@@ -649,6 +648,7 @@ READERS = {bool: lambda text: {"true": True, "false": False}.get(text.lower(), t
 
 def read_recipe(path):
     """The plain assignments of a recipe as words of the command line. It is read, never run."""
+    warnings.simplefilter("ignore", SyntaxWarning)  # what is wrong is said below, in one line
     try:
         tree = ast.parse(Path(path).read_bytes())
     except Exception as e:  # a file can be wrong in any way
