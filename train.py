@@ -179,9 +179,9 @@ class Muon(torch.optim.Optimizer):
             # Nesterov's momentum: as if the next step's
             update = orthogonal(momentum.lerp(grad, 0.05), group["dtype"])
             _, rows, columns = update.shape
-            scale = max(1, rows / columns) ** 0.5  # rows to norm one, as the fewer columns have
             torch._foreach_mul_(params, 1 - lr * group["weight_decay"])
-            torch._foreach_add_(params, update.unbind(), alpha=-lr * scale)
+            # Rows to norm one, as the fewer columns have:
+            torch._foreach_add_(params, update.unbind(), alpha=-lr * max(1, rows / columns) ** 0.5)
 
 
 def make_optimizers(model, config, dtype):
@@ -292,7 +292,8 @@ def train(run, signals):
         factor = lr_factor(config, run.step)
         for optimizer in run.optimizers.values():
             for group in optimizer.param_groups:
-                group["lr"] = optimizer.defaults["lr"] * factor
+                # (under the name that torch's schedulers give to a group's own rate)
+                group["lr"] = group.setdefault("initial_lr", group["lr"]) * factor
         loss, norm = train_step(run, get_batch(run))
         run.advance()
         seconds = time.perf_counter() - began
@@ -811,8 +812,8 @@ def set_up(source, overrides):
         fail(f"the processes are at steps {[step for step, *_ in starts]}, or data, dtypes or "
              "keys differ: each machine needs the same command, data_dir and (to resume) out_dir")
     if run.machine["compile"]:
-        is_whole = WORLD_SIZE == 1 and config.micro_batch_size in (0, config.batch_size)
-        run.model.compile_for_training(config.batch_size * config.block_size if is_whole else 0)
+        run.model.compile_for_training(config.batch_size * config.block_size if WORLD_SIZE == 1
+                                       and config.micro_batch_size in (0, config.batch_size) else 0)
     if WORLD_SIZE > 1:
         run.net = torch.nn.parallel.DistributedDataParallel(run.model,
                                                             gradient_as_bucket_view=True)
