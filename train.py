@@ -605,7 +605,7 @@ def set_up_machine(config):
     on_gpu = device.type == "cuda"
     if on_gpu:
         torch.cuda.set_device(device)
-        machine["device"] = f"cuda ({torch.cuda.get_device_name(device)})"
+        machine["device"] = f"cuda {torch.version.cuda} ({torch.cuda.get_device_name(device)})"
         machine["driver"] = collect_env.get_nvidia_driver_version(collect_env.run)
     else:
         keep_freed_memory()
