@@ -1,6 +1,6 @@
 """SmolLM2-135M in one file: the Llama architecture, its loss, generation with a key/value cache.
 
-    python model.py            # the module tree and the parameter table
+    python model.py            # the module tree, and how many parameters it has
 
 Modules, parameters and config fields carry Hugging Face's names: weights go in and out as they are.
 Sizes: Allal et al. 2025, "SmolLM2" (arXiv:2502.02737), and the published config.json.
@@ -12,7 +12,6 @@ import math
 import os
 import re
 import textwrap
-from collections import Counter
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -66,8 +65,7 @@ class Linear(nn.Module):
             # A single row, as in decoding one text: this reads the weights at the memory's speed,
             # F.linear at a third of it on a CPU.
             return (x[..., None, :] * self.weight.float()).sum(-1).to(x.dtype)
-        # (float: a prompt can be in more bytes than the weights, see generate)
-        return F.linear(x, self.weight.float() if x.dtype == torch.float32 else self.weight)
+        return F.linear(x, self.weight.to(x.dtype))  # (they can differ, see generate)
 
 
 def linears(x, *layers):
@@ -331,20 +329,14 @@ def sample_token(logits, temperature=1.0, top_k=0, top_p=1.0, generator=None):
     logits = logits.float()
     if temperature == 0:
         return logits.argmax(-1)
-    ids = None
-    if top_k or top_p < 1:
-        V = logits.size(1)
-        logits, ids = logits.topk(min(top_k or V, V))  # sorted, the likeliest first
+    V = logits.size(1)
+    logits, ids = logits.topk(min(top_k or V, V))  # sorted, the likeliest first
     probs = torch.softmax((logits - logits.amax(-1, keepdim=True)) / temperature, dim=-1)
     if top_p < 1:
         before = probs.cumsum(-1) - probs
         probs = probs.masked_fill(before >= top_p, 0.0)  # keeps the one that crosses the line
-    # The largest p / Exp(1) falls on each index with its probability: multinomial, but faster.
-    noise = torch.empty_like(probs).exponential_(generator=generator)
-    choice = (probs / noise).argmax(-1, keepdim=True)
-    if ids is not None:
-        choice = ids.gather(1, choice)
-    return choice.squeeze(1)
+    choice = torch.multinomial(probs, 1, generator=generator)
+    return ids.gather(1, choice).squeeze(1)
 
 
 @torch.inference_mode()
@@ -470,7 +462,7 @@ def pick_device(device="auto", dtype="auto", decoding=False):
         device = "cuda:" + os.environ.get("LOCAL_RANK", "0")
     try:
         torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError) as e:
+    except Exception as e:
         raise ValueError(f"device = {device!r} is not available here: {e}")
     device = torch.device(device)
     if dtype != "auto":
@@ -516,7 +508,7 @@ def is_out_of_memory(error):
 
 def keep_freed_memory():
     """Lets glibc keep what is freed, or each step gives hundreds of MB back and faults them in."""
-    with suppress(AttributeError, OSError, TypeError):  # another C library
+    with suppress(Exception):  # another C library
         libc = ctypes.CDLL(None)
         libc.mallopt(-4, 0)  # M_MMAP_MAX
         libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD
@@ -524,13 +516,7 @@ def keep_freed_memory():
 
 def main():
     model = SmolLM2(SmolLM2Config())
-    print(f"{model}\n\n{'component':<26}{'parameters':>13}{'share':>9}")
-    sizes = Counter()
-    for name, p in model.named_parameters():
-        sizes[name.split(".")[-2]] += p.numel()
-    sizes["total"] = sizes.total()
-    for component, n in sizes.items():
-        print(f"{component:<26}{n:>13,}{n / sizes['total']:>9.2%}")
+    print(f"{model}\n{sum(p.numel() for p in model.parameters()):,} parameters")
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ from pathlib import Path
 
 import numpy as np
 from filelock import FileLock
-from tokenizers import Tokenizer, decoders, models, trainers
+from tokenizers import ByteLevelBPETokenizer, Tokenizer
 from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
 from tqdm import tqdm
 
@@ -49,8 +49,8 @@ FILES = {"train": "train.bin", "val": "val.bin", "tokenizer": "tokenizer/tokeniz
 # ---- the data format: FILES (.bin is raw uint16) and meta.json ----
 
 class Data:
-    """A prepared folder: train and val (uint16 ids, on disk), meta (what meta.json says), and
-    fingerprint, which tells data from other data, under any name.
+    """A prepared folder: train and val (uint16 ids, on disk), tokenizer, meta (what meta.json
+    says), and fingerprint, which tells data from other data, under any name.
 
     Raises FileNotFoundError where nothing is prepared, ValueError where something was changed."""
 
@@ -65,6 +65,7 @@ class Data:
             self.fingerprint = {name: meta[f"{name}_sha256"][:16] for name in FILES}
             self.train = np.memmap(folder / "train.bin", "<u2", "r")
             self.val = np.memmap(folder / "val.bin", "<u2", "r")
+            self.tokenizer, _ = open_tokenizer(folder / "tokenizer")
             largest = max(self.train.max(), self.val.max())
             if largest >= meta["vocab_size"]:
                 raise ValueError(f"id {largest} is not below vocab_size {meta['vocab_size']}")
@@ -154,20 +155,18 @@ def open_tokenizer(folder):
 
 def hub_folder(name):
     """The folder of the hub's cache with the tokenizer of NAME or NAME@REVISION; never code."""
-    from huggingface_hub import hf_hub_download
+    from huggingface_hub import snapshot_download
     name, _, revision = name.partition("@")
-    for file in ("tokenizer_config.json", "tokenizer.json"):
-        path = hf_hub_download(name, file, revision=revision or None)
-    return Path(path).parent
+    return snapshot_download(name, revision=revision or None,
+                             allow_patterns=["tokenizer_config.json", "tokenizer.json"])
 
 
 def stand_in_tokenizer(folder):
     """Makes a folder with a byte-level BPE of the stand-in text, else like SmolLM2's tokenizer."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer, tokenizer.decoder = SMOLLM2_WORDS, decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(vocab_size=8192, special_tokens=SPECIAL_TOKENS,
-                                  show_progress=False, initial_alphabet=ByteLevel.alphabet())
-    tokenizer.train_from_iterator(stand_in_text().splitlines(keepends=True), trainer)
+    tokenizer = ByteLevelBPETokenizer()
+    tokenizer.pre_tokenizer = SMOLLM2_WORDS
+    lines = stand_in_text().splitlines(keepends=True)
+    tokenizer.train_from_iterator(lines, 8192, special_tokens=SPECIAL_TOKENS, show_progress=False)
     folder.mkdir()
     tokenizer.save(f"{folder}/tokenizer.json")
     return folder

@@ -123,8 +123,8 @@ def main(argv=None):
         prepare.fail("sample.py", f"--{e}", 2)
     model, folder, state = load(options.pop("checkpoint"))
     if state:
-        hint = hint_of_best(state["file"].parent, state)
-        prepare.log(f"{state['file']}: step {state['step']}{hint}")
+        prepare.log(f"{state['file']}: step {state['step']}"
+                    + hint_of_best(state["file"].parent, state))
     keep_freed_memory()
     texts = [f"--- {i + 1}\n{options['prompt']}" for i in range(options["num_samples"])]
     if len(texts) == 1:

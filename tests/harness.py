@@ -231,7 +231,6 @@ def become(words, cwd, env, limits, streams):
 
 def flaw(done, codes=(0,), *words):
     """What is wrong with how a script has ended; None if it is as it should be.
-
     It has one of the codes; where that is not 0, its last line says why, with these words."""
     last = ([""] + [line for line in done.err.splitlines() if line.strip()])[-1]
     if "Traceback" in done.out + done.err:
@@ -319,7 +318,6 @@ def snapshot(folder="."):
 def watch_disk(monkeypatch):
     """A list that gets the name of each file and folder flushed, and (old, new) of each renamed."""
     events = []
-
     def watch(name, event_of):
         real = getattr(os, name)
         monkeypatch.setattr(os, name, lambda *args: events.append(event_of(*args)) or real(*args))

@@ -34,7 +34,7 @@ MISTAKES = {  # (script, exit code): what is typed, and what the line says
         ("--device=tpu9", "device, 'tpu9'"), ("--micro_batch_size=3", "micro_batch_size = 3"),
         ("--resume=", "--resume, empty"), ("--resume", "out, python train.py config/smollm2.py"),
         ("--resume config/tiny.py", "train.py config/tiny.py --resume"),
-        ("--hidden_size=34 --min_lr=3", "hidden_size = 34, min_lr = 3.0"),  # all at once
+        ("--hidden_size=34", "hidden_size = 34, num_attention_heads = 4"),
         ("--block_size=300", "block_size = 300, max_position_embeddings = 256"),
         ("--data_dir=nowhere", "nowhere, python prepare.py --input, --out_dir"),
         ("--out_dir=", "out_dir, empty"), ("--learning_rat=1", "learning_rate?"),

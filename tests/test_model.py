@@ -1,6 +1,5 @@
 """model.py: the published sizes, the numbers of transformers, and a cache that changes nothing."""
 import json
-import re
 from dataclasses import asdict
 from unittest.mock import Mock, patch
 
@@ -59,9 +58,7 @@ def test_it_has_134_515_008_parameters_with_the_names_and_shapes_of_transformers
     assert {k: v.shape for k, v in found.items()} == {k: v.shape for k, v in wanted.items()}
     assert ours.lm_head.weight is ours.model.embed_tokens.weight
     assert flops_per_token(ours, 256) == 6 * 134_515_008 + 6 * 30 * 9 * 64 * 256  # the scores
-    rows = re.findall(r"^(\w+) +([\d,]+) +[\d.]+%$", capsys.readouterr().out, re.M)
-    counts = {name: int(n.replace(",", "")) for name, n in rows}
-    assert counts.pop("total") == sum(counts.values()) == 134_515_008
+    assert capsys.readouterr().out.endswith(")\n134,515,008 parameters\n")
 
 
 @pytest.mark.slow
@@ -100,7 +97,6 @@ def test_an_adapter_around_one_of_the_layers_that_share_a_product_is_not_passed_
     class Negative(M.Linear):
         def forward(self, x):
             return -super().forward(x)
-
     adapted, negated, x = small(), small(), some_ids(2, 9)
     attention, adapter = adapted.model.layers[0].self_attn, Negative(48, 48)
     with torch.no_grad():

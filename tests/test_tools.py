@@ -318,7 +318,6 @@ def test_demo_in_a_browser(run_dir):
             seen.add(texts.inner_text())
         assert len(seen) > 3 and all(text.startswith("To be, or not") for text in seen)
         stop.wait_for(state="hidden")
-
         page.get_by_label("Beside it").click()
         page.get_by_role("option").nth(1).click()  # the first is "none"
         length.fill("2000")
@@ -331,13 +330,11 @@ def test_demo_in_a_browser(run_dir):
         stopped = texts.first.inner_text()
         page.wait_for_timeout(500)
         assert texts.first.inner_text() == stopped and not stop.is_visible()
-
         length.fill("20")
         page.get_by_role("button", name="Continue").click()
         wait("done: 20 tokens")
         longer = texts.first.inner_text()
         assert longer.startswith(stopped.rstrip()) and len(longer) > len(stopped)
-
         length.fill("9999")
         length.press("Control+Enter")
         page.get_by_text("Length: must be from 1 to 2,000").wait_for()

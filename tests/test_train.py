@@ -225,7 +225,6 @@ def test_weight_decay_is_on_matrices_only_and_the_optimizer_has_every_parameter(
 
 def test_a_parameter_group_keeps_a_rate_of_its_own(tiny, monkeypatch):
     real = train.make_optimizers
-
     def make_optimizers(*args):
         optimizers = real(*args)
         optimizers["optimizer"].param_groups[1]["lr"] = 0.0  # the norms'
