@@ -80,6 +80,7 @@ class TrainConfig(RunControl, SmolLM2Config):
     beta1: float = key(0.9, "decay of the gradient's running mean")
     beta2: float = key(0.95, "decay of its square's running mean")
     grad_clip: float = key(1.0, "largest norm of the gradient (0: no clipping)")
+    share_spelling: bool = key(False, "tokens learn from those that are spelt alike, too")
     # the machine
     device: str = key("auto", "auto, cpu, cuda, cuda:1, mps")
     dtype: str = key("auto", "of matrix products; weights and optimizer stay float32",
@@ -200,6 +201,29 @@ def make_optimizers(model, config, dtype):
     return optimizers
 
 
+def spelling(tokenizer, V, device):
+    """The tokens with each feature, then the features of each of V tokens, as for embedding_bag.
+
+    Features: a token's kind ("Xx" with a capital, ...), its length, its trigrams without case."""
+    places, ids = [], {}
+    for i in range(V):
+        token = tokenizer.id_to_token(i) or ""  # "Ġ" is a space
+        kind = re.sub("[a-z]+", "x", re.sub("[A-Z]+", "X", token))
+        features = kind, len(token), *re.findall("(?=(...))", f"^{token.lower()}$")
+        places += [(i, ids.setdefault(feature, len(ids))) for feature in features]
+    tokens, features = torch.tensor(places, device=device).T
+    for rows, columns in (features, tokens), (tokens, features):
+        rows, order = rows.sort(stable=True)
+        yield {"input": columns[order], "offsets": torch.searchsorted(rows, rows.unique())}
+
+
+def share(grad, of_feature, of_token):
+    """To each token's gradient, in grad (V, hidden_size), adds the mean of those with a feature of
+    it, for each feature. So rare words are learnt with those that are spelt alike."""
+    means = F.embedding_bag(weight=grad, **of_feature)
+    grad += F.embedding_bag(weight=means, **of_token, mode="sum")
+
+
 def lr_factor(config, step):
     """The factor in [0, 1] by which the highest rates are scaled after `step` steps.
 
@@ -249,6 +273,8 @@ def train_step(run, batch):
     if not math.isfinite(loss) or not (math.isfinite(norm) or run.scaler.get_scale() > 1):
         raise FloatingPointError(f"step {run.step + 1}: loss {loss}, gradient norm {norm}; try a "
                                  "lower --learning_rate")
+    if run.spelling:
+        share(run.model.lm_head.weight.grad, *run.spelling)
     for optimizer in run.optimizers.values():
         if math.isfinite(norm):
             run.scaler.step(optimizer)
@@ -334,6 +360,8 @@ class Run:
         self.net = self.model  # as it is called: compiled, wrapped; never saved
         self.size = sum(p.numel() for p in self.model.parameters())
         self.optimizers = make_optimizers(self.model, config, dtype)
+        self.spelling = config.share_spelling and [
+            *spelling(data.tokenizer, config.vocab_size, device)]
         self.scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
         self.autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
         seed = config.seed + RANK

@@ -1,4 +1,5 @@
-"""SmolLM2-135M on Tiny Shakespeare with Muon: more learnt from a token, at 1.7 times the time of a step on a CPU."""
+"""SmolLM2-135M on Tiny Shakespeare with Muon, and what tokens learn shared with those spelt alike: more learnt from a token, at 1.7
+times the time of a step on a CPU."""
 out_dir = "out-muon"
 max_steps = 150  # longer: --max_steps=800; the rates decay over whatever the run's length is
 batch_size = 4
@@ -12,6 +13,7 @@ weight_decay = 0.1
 beta1 = 0.9
 beta2 = 0.95
 grad_clip = 1.0
+share_spelling = True
 eval_interval = 50
 checkpoint_interval = 50
 sample_interval = 150

@@ -145,7 +145,7 @@ STOPS = {  # the steps after which it is stopped, and what else is asked for
     "at each epoch's end": ((3, 6, 9), ""), "in the decay": ((8, 11), ""),
     "bf16": ((5, 7), "--dtype=bfloat16"), "fp16": ((5,), "--dtype=float16"),
     "Muon": ((5,), "--optimizer=muon --lr_schedule=wsd"),
-    "Muon in fp16": ((5,), "--optimizer=muon --dtype=float16")}
+    "Muon in fp16": ((5,), "--optimizer=muon --dtype=float16 --share_spelling=true")}
 
 
 @pytest.mark.parametrize("steps, keys", STOPS.values(), ids=STOPS)

@@ -75,6 +75,19 @@ def test_the_learning_rate_warms_up_follows_a_cosine_and_stays_at_the_minimum():
         assert rates[steps:] == pytest.approx([0.1, 0.1])
 
 
+def test_a_token_learns_from_those_with_its_kind_length_and_trigrams(tiny):
+    tokens = ["Ġlove", "Love", "LOVE", "a", "xyz", None]
+    shared = torch.eye(6)
+    train.share(shared, *train.spelling(Mock(id_to_token=tokens.__getitem__), 6, "cpu"))
+    love = [[6, 1, 1], [1, 4, 2], [1, 2, 4]]  # lov, ove, ve$: a third; ^lo, four letters: a half
+    small, none = [[3.5, 0.5], [0.5, 5.5]], [[3.0]]
+    assert torch.allclose(shared, torch.block_diag(*map(torch.tensor, (love, small, none))))
+    for on in (True, False):
+        assert tiny(max_steps=1, share_spelling=on, out_dir=on).code == 0
+    weights = [train.read_checkpoint(Path(f"{on}/step_000001.pt"))["model"] for on in (True, False)]
+    assert {*differences(*weights)} == {".model.embed_tokens.weight", ".lm_head.weight"}
+
+
 @pytest.mark.parametrize("n", [1000, 1007, 17, 33, 40])
 def test_an_epoch_has_every_block_once(n):
     for epoch in range(20):
