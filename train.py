@@ -204,12 +204,12 @@ def make_optimizers(model, config, dtype):
 def spelling(tokenizer, V, device):
     """The tokens with each feature, then the features of each of V tokens, as for embedding_bag.
 
-    Features: a token's kind ("Xx" with a capital, ...), its length, its trigrams without case."""
+    Features: a token's shape ("Xxx" for "The") and its trigrams in lower case."""
     places, ids = [], {}
     for i in range(V):
         token = tokenizer.id_to_token(i) or ""  # "Ġ" is a space
-        kind = re.sub("[a-z]+", "x", re.sub("[A-Z]+", "X", token))
-        features = kind, len(token), *re.findall("(?=(...))", f"^{token.lower()}$")
+        shape = re.sub("[a-z]", "x", re.sub("[A-Z]", "X", token))
+        features = shape, *re.findall("(?=(...))", f"^{token.lower()}$")
         places += [(i, ids.setdefault(feature, len(ids))) for feature in features]
     tokens, features = torch.tensor(places, device=device).T
     for rows, columns in (features, tokens), (tokens, features):

@@ -75,13 +75,13 @@ def test_the_learning_rate_warms_up_follows_a_cosine_and_stays_at_the_minimum():
         assert rates[steps:] == pytest.approx([0.1, 0.1])
 
 
-def test_a_token_learns_from_those_with_its_kind_length_and_trigrams(tiny):
-    tokens = ["Ġlove", "Love", "LOVE", "a", "xyz", None]
+def test_a_token_learns_from_those_with_its_shape_and_trigrams(tiny):
+    tokens = ["Ġlove", "Love", "LOVE", "abc", "xyz", None]
     shared = torch.eye(6)
     train.share(shared, *train.spelling(Mock(id_to_token=tokens.__getitem__), 6, "cpu"))
-    love = [[6, 1, 1], [1, 4, 2], [1, 2, 4]]  # lov, ove, ve$: a third; ^lo, four letters: a half
-    small, none = [[3.5, 0.5], [0.5, 5.5]], [[3.0]]
-    assert torch.allclose(shared, torch.block_diag(*map(torch.tensor, (love, small, none))))
+    love = [[5, 1, 1], [1, 3.5, 1.5], [1, 1.5, 3.5]]  # lov, ove, ve$: a third each; ^lo: a half
+    three, none = [[4.5, 0.5], [0.5, 4.5]], [[2.0]]  # small letters
+    assert torch.allclose(shared, torch.block_diag(*map(torch.tensor, (love, three, none))))
     for on in (True, False):
         assert tiny(max_steps=1, share_spelling=on, out_dir=on).code == 0
     weights = [train.read_checkpoint(Path(f"{on}/step_000001.pt"))["model"] for on in (True, False)]
