@@ -166,7 +166,8 @@ def stand_in_tokenizer(folder):
     tokenizer = ByteLevelBPETokenizer()
     tokenizer.pre_tokenizer = SMOLLM2_WORDS
     lines = stand_in_text().splitlines(keepends=True)
-    tokenizer.train_from_iterator(lines, 8192, special_tokens=SPECIAL_TOKENS, show_progress=False)
+    tokenizer.train_from_iterator(lines, 8192, min_frequency=0, special_tokens=SPECIAL_TOKENS,
+                                  show_progress=False)
     folder.mkdir()
     tokenizer.save(f"{folder}/tokenizer.json")
     return folder
