@@ -126,7 +126,7 @@ def cpu_attention(q, k, v):
     """attention as two batched products around a fused softmax: half the time of the flash kernel.
 
     Blocks of C queries skip the keys after them, and the probabilities are made again in the
-    backward pass, so that memory does not grow with T * T."""
+    backward pass, so that what is kept for it does not grow with T * T."""
     T, D = q.shape[2:]
     C = max(256, math.ceil(T / 4))
 
@@ -146,14 +146,15 @@ def cpu_attention(q, k, v):
 def cached_attention(q, keys, values, position):
     """Attention of one token, q (B, H, 1, D), over a layer's cache up to `position`, a tensor (1,).
 
-    Compiled, each core takes pages of the cache (see generate), and no key is read twice."""
+    keys: (pages, B * H_kv, D, PAGE); values: (pages, B * H_kv, PAGE, D). Compiled, the cores share
+    the pages, and no key is read twice."""
     x = q.view(keys.size(1), -1, q.size(-1)).float()  # (B * H_kv, G, D): G heads share a key head
-    k, v, group = keys.float(), values.float(), range(x.size(1))
-    scores = torch.stack([(x[:, g, :, None] * k).sum(2) for g in group], dim=2) * k.size(2)**-0.5
+    k, v, heads = keys.float(), values.float(), range(x.size(1))
+    scores = torch.stack([(x[:, g, :, None] * k).sum(2) for g in heads], dim=2) * k.size(2)**-0.5
     positions = torch.arange(k.size(0) * PAGE, device=q.device).view(-1, 1, 1, PAGE)
     scores = torch.where(positions <= position, scores, -1e30)  # (pages, B * H_kv, G, PAGE)
     p = torch.exp(scores - scores.amax((0, 3), keepdim=True))
-    y = torch.stack([(p[:, :, g, :, None] * v).sum(2) for g in group], dim=2)
+    y = torch.stack([(p[:, :, g, :, None] * v).sum(2) for g in heads], dim=2)  # (..., G, D)
     return (y * (1.0 / p.sum((0, 3)))[..., None]).sum(0).view(q.shape)
 
 
@@ -301,9 +302,9 @@ class SmolLM2(nn.Module):
     def compile_for_training(self, tokens):
         """Compiles in place what gains by it; the state dict stays as it is.
 
-        tokens: of a step that is one pass forward and back, else 0. With few, a GPU would wait for
-        its kernels' launches and gets CUDA graphs; in these, a second pass would write over the
-        gradients of the first. A compiled embedding would add its own in no fixed order."""
+        tokens: of a step, if that is one pass, else 0. With few, a GPU would wait for the launches
+        of its kernels, and gets CUDA graphs: with these a second pass would write over the
+        gradients of the first. A compiled embedding would sum its gradient in no fixed order."""
         weight = self.lm_head.weight
         if weight.is_cpu:
             for layer in self.model.layers:  # one is compiled and serves all: seconds, not minutes
@@ -334,7 +335,7 @@ def sample_token(logits, temperature=1.0, top_k=0, top_p=1.0, generator=None):
     probs = torch.softmax((logits - logits.amax(-1, keepdim=True)) / temperature, dim=-1)
     if top_p < 1:
         before = probs.cumsum(-1) - probs
-        probs = probs.masked_fill(before >= top_p, 0.0)  # keeps the one that crosses the line
+        probs = probs.masked_fill(before > top_p, 0.0)  # keeps the one that crosses the line
     choice = torch.multinomial(probs, 1, generator=generator)
     return ids.gather(1, choice).squeeze(1)
 
@@ -346,8 +347,8 @@ def generate(model, idx, max_new_tokens, compile=False, **sampling):
     compile: see worth_compiling. sampling: see sample_token. Raises ValueError where prompt and
     new tokens exceed the model's positions: nothing slides.
 
-    Each layer's keys (pages, B * H_kv, D, PAGE) and values (pages, B * H_kv, PAGE, D) are cached in
-    pages of positions: only those in use are read, in parallel."""
+    Each layer's keys and values are cached in pages of positions (see cached_attention): only those
+    in use are read, in parallel."""
     (B, T), config = idx.shape, model.config
     size, D, zeros = T + max_new_tokens, config.head_dim, model.lm_head.weight.new_zeros
     cos, sin = rotary_table(size, config, idx.device)
@@ -369,9 +370,9 @@ def generate(model, idx, max_new_tokens, compile=False, **sampling):
             x = run_layer(layer, x, rotary, (*cache, positions))
         return next_logits(model, x)
 
-    n, first = 0, T if T > 1 else 0  # tokens read; where the first token is read by itself
+    n, first = 0, T if T > 1 else 0  # tokens read; as many when one is first read by itself
     for _ in range(max_new_tokens):
-        T = idx.size(1)
+        T = idx.size(1)  # the prompt's, then 1
         positions = torch.arange(n, n + T, device=idx.device)
         if n % PAGE == 0:
             used = size if idx.is_cuda else n + T  # (a CUDA graph reads what its capture read)
@@ -381,8 +382,8 @@ def generate(model, idx, max_new_tokens, compile=False, **sampling):
             for cache in in_use:
                 for tensor in cache:  # compiled once, for any number of pages
                     torch._dynamo.mark_dynamic(tensor, 0)
-        if n == first and idx.is_cuda:  # the 1,850 launches of a step outlast their work
-            with torch.autocast("cuda", enabled=False):  # on in a training's samples: not captured
+        if n == first and idx.is_cuda:  # 1,850 launches outlast the work of a token
+            with torch.autocast("cuda", enabled=False):  # on in train.py, not to be captured
                 read = torch.cuda.make_graphed_callables(read, (idx.clone(), positions))
         # The first step shows that what was compiled fits: it is not checked at each token.
         fits = torch.compiler.set_stance(skip_guard_eval_unsafe=compile and n > first)
@@ -420,7 +421,7 @@ def model_of(config, weights):
     """The model that has these weights, in eval mode. Raises for other names or shapes."""
     with torch.device("meta"):
         model = SmolLM2(config)
-    model.load_state_dict(dict(weights), assign=True)  # (a copy: torch leaves a note in the dict)
+    model.load_state_dict(dict(weights), assign=True)  # (a copy: torch writes "assign" in it)
     return model.eval()
 
 
@@ -480,15 +481,15 @@ def compiler_problem(device):
     """Why compiling does not work on this device, in one line; None if it does."""
     from torch._inductor import config
     x = torch.eye(64, device=device)
-    halves = x.half().t(), *x.chunk(2, 1)
-    config.cpp.vec_isa_ok = True  # the processor's word: trying each instruction set takes seconds
-    for bits in None, 256:  # in 512, g++ 12 gets this wrong for processors that it does not know
+    inputs = x.half().t(), *x.chunk(2, 1)
+    config.cpp.vec_isa_ok = True  # trust the processor: trying each instruction set takes seconds
+    for bits in None, 256:  # None: the widest; in 512, g++ 12 errs for processors it does not know
         config.cpp.simdlen = bits
         try:
             torch._dynamo.reset()
-            rotated = torch.compile(apply_rotary)(*halves)
+            rotated = torch.compile(apply_rotary)(*inputs)
             if x.is_cpu:  # (a GPU's kernels are not the C++ compiler's)
-                torch.testing.assert_close(rotated, apply_rotary(*halves))
+                torch.testing.assert_close(rotated, apply_rotary(*inputs))
             return None
         except Exception as e:  # without a compiler, all still works
             problem = textwrap.shorten(f"{type(e).__name__}: {e}", 90)
@@ -502,7 +503,7 @@ def worth_compiling(device, max_new_tokens):
 
 
 def is_out_of_memory(error):
-    """Whether it is that, under whatever name: a CPU's is a RuntimeError."""
+    """Whether an error says that memory ran out; on a CPU it is a RuntimeError."""
     return isinstance(error, MemoryError) or re.search("(?i)alloc|out of memory", str(error))
 
 

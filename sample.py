@@ -106,7 +106,7 @@ def write(model, tokenizer, eos, prompt, num_samples, max_new_tokens, stop, seed
     idx = torch.tensor([ids] * num_samples, device=device)  # (num_samples, T)
     tokens = generate(model, idx, max_new_tokens, worth_compiling(device, max_new_tokens),
                       generator=torch.Generator(device).manual_seed(seed), **sampling)
-    rows = tee(map(torch.Tensor.tolist, tokens), num_samples)  # each text takes its own from them
+    rows = tee(map(torch.Tensor.tolist, tokens), num_samples)  # all ids of each step, for each text
     texts = [stream(map(itemgetter(i), rows[i]), tokenizer, eos, ids, stop)
              for i in range(num_samples)]
     yield from zip_longest(*texts, fillvalue="")

@@ -37,6 +37,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from torch.nn.utils import clip_grad_norm_, parameters_to_vector, vector_to_parameters
 from tqdm import tqdm
 
 from model import (SmolLM2, SmolLM2Config, compiler_problem, from_pretrained, generate,
@@ -51,7 +52,7 @@ class RunControl:
     max_steps: int = key(5000, "optimizer steps of the whole run")
     log_interval: int = key(10, "steps between lines, where no progress bar is shown")
     eval_interval: int = key(250, "steps between held-out losses (0: never)")
-    eval_tokens: int = key(1_000_000, "held-out tokens read at most for one")
+    eval_tokens: int = key(1_000_000, "held-out tokens read at most for one; changed: a new best")
     sample_interval: int = key(500, "steps between texts in out_dir/samples (0: never)")
     checkpoint_interval: int = key(250, "steps between checkpoints (0: at the end alone)")
     keep_checkpoints: int = key(2, "newest kept besides the best (0: all)")
@@ -73,7 +74,7 @@ class TrainConfig(RunControl, SmolLM2Config):
     muon_learning_rate: float = key(0.02, "of Muon, after the warm-up; it follows the same curve")
     lr_schedule: str = key("cosine", "cosine; wsd: constant, then linear decay in the last fifth",
                            choices=("cosine", "wsd"))
-    min_lr: float = key(3e-5, "at the end of the decay, and after it")
+    min_lr: float = key(3e-5, "at the end of the decay, and after it; Muon's falls likewise")
     warmup_steps: int = key(100, "steps of linear warm-up")
     lr_decay_steps: int = key(0, "step at which the decay ends (0: max_steps)")
     weight_decay: float = key(0.1, "on matrices, not on norms")
@@ -118,14 +119,14 @@ def on_device(ids, run):
 
 
 def get_batch(run):
-    """This process's rows of the next batch, (share, T + 1): T ids to read, each with its next.
+    """This process's rows of the next batch, (count, T + 1): T ids to read, each with its next.
 
     A function of the seed and of the sequences seen before, so that nothing can shift it."""
     ids, T = run.data.train, run.config.block_size
-    share = run.config.batch_size // WORLD_SIZE
-    first = run.sequence + RANK * share
+    count = run.config.batch_size // WORLD_SIZE
+    first = run.sequence + RANK * count
     rows = []
-    for i in range(first, first + share):
+    for i in range(first, first + count):
         epochs, block = divmod(i, blocks_per_epoch(len(ids), T))  # it may reach into the next epoch
         start = epoch_order(run.config.seed, run.epoch + epochs, len(ids), T)[block]
         rows.append(ids[start:start + T + 1])
@@ -134,9 +135,9 @@ def get_batch(run):
 
 # ------------------------------------------------------------------- optimizer, step, held-out loss
 
-# Odd polynomials a x + b x^3 + c x^5, each the best for what the one before leaves, that bring
-# [0.01, 1] to [0.68, 1.32]. Amsel et al. 2025, "The Polar Express" (arXiv:2505.16932); with room
-# for 5 % more before each, since they explode beyond, and rounding in bf16 reaches there.
+# Odd polynomials a x + b x^3 + c x^5, each the best for what the one before leaves, that together
+# bring [0.01, 1] to [0.68, 1.32]. Amsel et al. 2025, "The Polar Express" (arXiv:2505.16932). Each
+# bears 5 % more than that: beyond its interval it explodes, and rounding in bf16 gets there.
 POLYNOMIALS = [(7.726, -20.47, 13.72), (3.516, -2.394, 0.4274), (2.657, -1.821, 0.3744)]
 
 
@@ -145,7 +146,7 @@ def orthogonal(x, dtype):
 
     Each polynomial multiplies x by a factor made of gram = x x^T. For a long x the factors are
     multiplied first, and each gram is made of the one before: all these are (rows, rows). In bf16
-    that serves three polynomials, not four: rounding grows with each."""
+    that is good for three polynomials, not for four: rounding grows with each."""
     if x.size(1) > x.size(2):
         return orthogonal(x.mT, dtype).mT
     x = (x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)).to(dtype)  # fp16 would lose small ones
@@ -175,11 +176,11 @@ class Muon(torch.optim.Optimizer):
             if not state:
                 state["momentum"] = torch.zeros_like(grad)
             momentum = state["momentum"].lerp_(grad, 0.05)
-            # Nesterov's momentum: as if the next step's
+            # Nesterov: as this gradient, once more, would leave the momentum
             update = orthogonal(momentum.lerp(grad, 0.05), group["dtype"])
             _, rows, columns = update.shape
             torch._foreach_mul_(params, 1 - lr * group["weight_decay"])
-            # Rows to norm one, as the fewer columns have:
+            # A tall update has columns of norm one: this brings its rows there.
             torch._foreach_add_(params, update.unbind(), alpha=-lr * max(1, rows / columns) ** 0.5)
 
 
@@ -202,25 +203,24 @@ def make_optimizers(model, config, dtype):
 
 
 def spelling(tokenizer, V, device):
-    """The tokens with each feature, then the features of each of V tokens, as for embedding_bag.
-
-    Features: a token's shape ("Xxx" for "The") and its trigrams in lower case."""
-    places, ids = [], {}
+    """Yields embedding_bag's arguments twice: for the tokens that have each feature, and for the
+    features that each of V tokens has: its shape ("Xxx" for "The"), its trigrams in lower case."""
+    pairs, ids = [], {}
     for i in range(V):
         token = tokenizer.id_to_token(i) or ""  # "Ġ" is a space
         shape = re.sub("[a-z]", "x", re.sub("[A-Z]", "X", token))
         features = shape, *re.findall("(?=(...))", f"^{token.lower()}$")
-        places += [(i, ids.setdefault(feature, len(ids))) for feature in features]
-    tokens, features = torch.tensor(places, device=device).T
-    for rows, columns in (features, tokens), (tokens, features):
-        rows, order = rows.sort(stable=True)
-        yield {"input": columns[order], "offsets": torch.searchsorted(rows, rows.unique())}
+        pairs += [(i, ids.setdefault(feature, len(ids))) for feature in features]
+    tokens, features = torch.tensor(pairs, device=device).T
+    for bags, members in (features, tokens), (tokens, features):
+        bags, order = bags.sort(stable=True)  # (none is empty: each token has a shape)
+        yield {"input": members[order], "offsets": torch.searchsorted(bags, bags.unique())}
 
 
-def share(grad, of_feature, of_token):
-    """To each token's gradient, in grad (V, hidden_size), adds the mean of those with a feature of
-    it, for each feature. So rare words are learnt with those that are spelt alike."""
-    means = F.embedding_bag(weight=grad, **of_feature)
+def share_gradient(grad, of_feature, of_token):
+    """Adds to each token's gradient, in grad (V, hidden_size), for each of its features the mean
+    gradient of the tokens that have it. So rare words learn from those that are spelt alike."""
+    means = F.embedding_bag(weight=grad, **of_feature)  # (its mode is the mean)
     grad += F.embedding_bag(weight=means, **of_token, mode="sum")
 
 
@@ -255,26 +255,32 @@ def train_step(run, batch):
 
     Returns the mean loss over all processes, nats a token, and the gradient's norm before
     clipping. Raises FloatingPointError before anything is changed if they are not finite."""
-    run.net.train()
-    parts = batch.split(run.config.micro_batch_size or len(batch))
-    loss = 0.0
-    for i, rows in enumerate(parts):
-        run.net.require_backward_grad_sync = i == len(parts) - 1  # DDP averages once a step
+    run.model.train()
+    micro_batches = batch.split(run.config.micro_batch_size or len(batch))
+    pieces, loss = WORLD_SIZE * len(micro_batches), 0.0
+    for rows in micro_batches:
         with run.autocast:
-            _, part = run.net(rows[:, :-1], rows[:, 1:])
-        run.scaler.scale(part / len(parts)).backward()
-        loss += part.detach() / len(parts)
+            _, mean = run.model(rows[:, :-1], rows[:, 1:])
+        run.scaler.scale(mean / pieces).backward()
+        loss += mean.detach() / pieces
+    if WORLD_SIZE > 1:
+        # Not by DDP: it groups gradients otherwise in a process's first step, and three processes
+        # then add in another order, so that a resume would not give the same bits.
+        grads = [p.grad for p in run.model.parameters()]
+        vector = parameters_to_vector(grads)
+        dist.all_reduce(vector)
+        vector_to_parameters(vector, grads)
     for optimizer in run.optimizers.values():
         run.scaler.unscale_(optimizer)
-    norm = torch.nn.utils.clip_grad_norm_(run.model.parameters(), run.config.grad_clip or math.inf)
-    loss, norm = sum(of_all(loss.item())) / WORLD_SIZE, norm.item()
+    norm = clip_grad_norm_(run.model.parameters(), run.config.grad_clip or math.inf).item()
+    loss = sum(of_all(loss.item()))
     # In fp16 a gradient that overflows is no failure: the step is skipped, the scale lowered. (It
     # is 1 where no fp16 is.)
     if not math.isfinite(loss) or not (math.isfinite(norm) or run.scaler.get_scale() > 1):
         raise FloatingPointError(f"step {run.step + 1}: loss {loss}, gradient norm {norm}; try a "
                                  "lower --learning_rate")
     if run.spelling:
-        share(run.model.lm_head.weight.grad, *run.spelling)
+        share_gradient(run.model.lm_head.weight.grad, *run.spelling)
     for optimizer in run.optimizers.values():
         if math.isfinite(norm):
             run.scaler.step(optimizer)
@@ -286,7 +292,7 @@ def train_step(run, batch):
 @torch.no_grad()
 def evaluate(run):
     """The mean loss, nats a token, of the held-out ids, each once, in fixed windows of T."""
-    run.net.eval()
+    run.model.eval()
     config, ids = run.config, run.data.val[:run.config.eval_tokens + 1]
     n, T = len(ids) - 1, config.block_size
     B = config.micro_batch_size or config.batch_size // WORLD_SIZE
@@ -297,7 +303,7 @@ def evaluate(run):
         missing = 0, B * T - count  # at the end: one shape for all, and -100 does not count
         x, y = F.pad(window[:-1], missing), F.pad(window[1:], missing, value=-100)
         with run.autocast:
-            _, loss = run.net(x.view(B, T), y.view(B, T))
+            _, loss = run.model(x.view(B, T), y.view(B, T))
         total += loss.item() * count
     loss = sum(of_all(total)) / n
     return loss if math.isfinite(loss) else math.inf  # fp16 can overflow; no number equals NaN
@@ -352,12 +358,11 @@ class Run:
     seconds: float = 0.0  # spent in steps
     best: dict = None  # {"step", "val_loss"} of the lowest held-out loss
 
-    def __init__(self, config, model, data, device, dtype, machine=None):
+    def __init__(self, config, model, data, device, dtype, machine):
         self.config, self.data, self.out = config, data, Path(config.out_dir)
         self.device, self.machine = device, machine
         torch.manual_seed(config.seed)
         self.model = (model or SmolLM2(config)).to(device)
-        self.net = self.model  # as it is called: compiled, wrapped; never saved
         self.size = sum(p.numel() for p in self.model.parameters())
         self.optimizers = make_optimizers(self.model, config, dtype)
         self.spelling = config.share_spelling and [
@@ -496,12 +501,13 @@ def catch_signals(signals):
 # over: by itself it would notice few flipped bytes.
 
 TAIL = 39  # bytes of a digest: "sha256:" and 32
+# What read_checkpoint makes sure of: the type of each value ("best" stands for its step).
 CONTENT = {name: f.type for name, f in (KEYS | Run.__dataclass_fields__).items()}
 CONTENT |= {"machine": dict, "tokenizer": str, "best": int, "val_loss": float}
 
 
 def digest(raw):
-    """"sha256:" and that of the sha256s of an array's pieces, which all cores make at once."""
+    """b"sha256:" and the sha256 of the sha256s of an array's pieces, which all cores make."""
     pieces = np.split(raw, range(2**26, len(raw), 2**26))
     with ThreadPoolExecutor() as pool:
         parts = [part.digest() for part in pool.map(hashlib.sha256, pieces)]
@@ -646,13 +652,9 @@ def set_up_machine(config):
     problem = compiler_problem(device) if config.compile else "as asked"
     machine["compile"] = problem is None
     compiled = f"not compiled ({problem})" if problem else "compiled (up to a minute at first)"
-    if not problem:
-        if on_gpu:
-            import triton
-            machine["triton"] = triton.__version__
-        else:
-            machine["compiler"] = prepare.first_line(subprocess.getoutput(
-                f"{os.environ.get('CXX', 'g++')} --version"))
+    if not (problem or on_gpu):  # (there it is Triton, which comes with torch)
+        machine["compiler"] = prepare.first_line(subprocess.getoutput(
+            f"{os.environ.get('CXX', 'g++')} --version"))
     show(f"device   {device}, threads {machine['threads']}, processes {WORLD_SIZE}, "
          f"{machine['dtype']} ({reason}), {compiled}")
     return device, dtype, machine
@@ -779,7 +781,7 @@ def load_run(source, overrides):
             fail(f"{source} has {name} = {base[name]}, not {overrides[name]}: leave it out, or "
                  "start in another --out_dir")
     config = TrainConfig(**base | overrides)
-    config.lr_decay_steps = config.lr_decay_steps or config.max_steps
+    config.lr_decay_steps = config.lr_decay_steps or config.max_steps  # (kept when extended)
     return config, model, state
 
 
@@ -812,8 +814,8 @@ def set_up(source, overrides):
         show(f"the run is finished: step {state['step']} of {config.max_steps}. Longer: python "
              f"train.py --resume={shlex.quote(config.out_dir)} --max_steps={state['step'] + 1000}")
         raise SystemExit(0)
-    machine = set_up_machine(config)
-    run = Run(config, model, open_data(config), *machine)
+    place = set_up_machine(config)
+    run = Run(config, model, open_data(config), *place)
     try:
         if state:
             run.load(state)
@@ -831,15 +833,14 @@ def set_up(source, overrides):
         run.model.compile_for_training(config.batch_size * config.block_size if WORLD_SIZE == 1
                                        and config.micro_batch_size in (0, config.batch_size) else 0)
     if WORLD_SIZE > 1:
-        run.net = torch.nn.parallel.DistributedDataParallel(run.model,
-                                                            gradient_as_bucket_view=True)
+        for p in run.model.parameters():
+            dist.broadcast(p.data, 0)  # another machine's random numbers may be rounded otherwise
     return run
 
 
 def set_up_folder(run, lock):
     """Readies out_dir, shows what will be done. Checkpoints later than run.step are set aside."""
     config, data, saved = run.config, run.data, checkpoints(run.out)
-    (run.out / "checkpoint.tmp").unlink(missing_ok=True)  # of a kill: its room is free
     kept = [path for path in saved if step_of(path) <= run.step]
     count = config.keep_checkpoints + 2 - len(kept)  # two: the best, and one being written
     size = 12 * run.size / 1e9  # GB of one: a weight and two means, in fp32
@@ -886,6 +887,7 @@ def main(argv):
     try:
         if RANK == 0 and (out / ".lock").exists():
             lock.acquire()
+            (out / "checkpoint.tmp").unlink(missing_ok=True)  # of a kill: its room is free
         run = set_up(source, overrides)
         catch_signals(signals)
         if RANK == 0:
@@ -899,7 +901,7 @@ def main(argv):
         fail(f"{e}. {saved[-1]} is whole: {again} continues from it" if saved else e)
     except (MemoryError, RuntimeError) as e:
         if signals:  # Ctrl-C reaches the C++ compiler, too, and torchrun ends other processes
-            fail(f"stopped in a step; {again} continues from the last save", 128 + signals[0])
+            fail(f"stopped in a step; {again} continues the last save, if any", 128 + signals[0])
         if not is_out_of_memory(e):
             raise
         fail("out of memory: try --micro_batch_size=1, or a lower --block_size")

@@ -33,7 +33,7 @@ def new_run(data=None, dtype=torch.float32, **changes):
     """A Run of CONFIG, with the same first weights each time."""
     torch.manual_seed(0)
     config = replace(CONFIG, **changes)
-    return Run(config, train.SmolLM2(config), data, torch.device("cpu"), dtype)
+    return Run(config, train.SmolLM2(config), data, torch.device("cpu"), dtype, {})
 
 
 @pytest.mark.parametrize("recipe", sorted((ROOT / "config").glob("*.py")), ids=lambda p: p.name)
@@ -78,7 +78,7 @@ def test_the_learning_rate_warms_up_follows_a_cosine_and_stays_at_the_minimum():
 def test_a_token_learns_from_those_with_its_shape_and_trigrams(tiny):
     tokens = ["Ġlove", "Love", "LOVE", "abc", "xyz", None]
     shared = torch.eye(6)
-    train.share(shared, *train.spelling(Mock(id_to_token=tokens.__getitem__), 6, "cpu"))
+    train.share_gradient(shared, *train.spelling(Mock(id_to_token=tokens.__getitem__), 6, "cpu"))
     love = [[5, 1, 1], [1, 3.5, 1.5], [1, 1.5, 3.5]]  # lov, ove, ve$: a third each; ^lo: a half
     three, none = [[4.5, 0.5], [0.5, 4.5]], [[2.0]]  # small letters
     assert torch.allclose(shared, torch.block_diag(*map(torch.tensor, (love, three, none))))
