@@ -9,7 +9,7 @@ train    steps of train.py against transformers' LlamaForCausalLM of the same si
          torch.compile, fused AdamW, clipping), as it comes and with our allocator setting lent to
          it, and all against the rate of the machine's matrix products at the model's own shapes
 decode   one stream and eight, against transformers' generate and, with --gguf, llama.cpp
-prepare  tokens/s on all cores against one
+prepare  seconds for 50 MB on all cores against one
 exact    40 steps of --recipe twice, and once resumed from 20: the same bits?
 muon     a step with Muon against one with AdamW
 fast     train with deterministic=false against true

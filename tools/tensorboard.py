@@ -51,9 +51,9 @@ def main(argv=None):
     out = Path(args.run).resolve()
     try:
         events, step = new_writer(out), 0
-        while args.follow and not (out / "metrics.jsonl").stat().st_size:
-            time.sleep(5)  # the first step compiles
         while True:
+            while args.follow and not (out / "metrics.jsonl").stat().st_size:
+                time.sleep(5)  # the first step compiles
             rows = read_metrics(out)
             if rows[-1]["step"] < step:  # resumed from an older checkpoint
                 events.close()
