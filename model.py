@@ -312,7 +312,8 @@ class SmolLM2(nn.Module):
         else:
             mode = "reduce-overhead" if weight.is_cuda and 0 < tokens <= 8192 else None
             self.run_layers = torch.compile(self.run_layers, mode=mode)
-        self.loss_kernel = torch.compile(cross_entropy_and_gradient)
+        # For each number of rows one kernel: whichever came first, a resume has the same.
+        self.loss_kernel = torch.compile(cross_entropy_and_gradient, dynamic=False)
 
 
 # A token takes 8 ms on a CPU, so small things count: sizes that cannot change are not checked, and

@@ -371,7 +371,7 @@ class Run:
         self.autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
         seed = config.seed + RANK
         random.seed(seed)
-        np.random.seed(seed % 2**32)
+        np.random.seed(seed)
         torch.manual_seed(seed)
 
     def advance(self):
@@ -570,7 +570,8 @@ def load_checkpoint(source, **kwargs):
             source = source.with_name(f"step_{state['best']['step']:06d}.pt")
     paths = checkpoints(source)[::-1] or [source]
     if not paths[0].is_file():
-        raise ValueError(f"no checkpoint {source}: make one by python train.py config/smollm2.py")
+        raise ValueError(f"no checkpoint {source}: name another, or begin by python train.py "
+                         "config/smollm2.py")
     for path in paths:
         try:
             return path, read_checkpoint(path, **kwargs)
@@ -637,6 +638,11 @@ def set_up_machine(config):
         facts = torch.cpu.get_capabilities()  # (different processors can have one name)
         machine["processor"] = f"{facts.get('cpu_name')} #{zlib.crc32(repr(facts).encode()):x}"
         machine["device"] = f"{device.type} ({torch.backends.cpu.get_cpu_capability()})"
+    if config.deterministic:  # (NCCL asks when it starts; NVLS adds in no fixed order)
+        os.environ |= {"CUBLAS_WORKSPACE_CONFIG": ":4096:8", "NCCL_NVLS_ENABLE": "0"}
+        torch.use_deterministic_algorithms(True)
+        # Nothing here reads memory that it did not write: filling it would only cost time.
+        torch.utils.deterministic.fill_uninitialized_memory = False
     if WORLD_SIZE > 1:
         store, *_ = next(dist.rendezvous("env://"))
         if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
@@ -644,11 +650,6 @@ def set_up_machine(config):
             store = dist.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
         dist.init_process_group("nccl" if on_gpu else "gloo", store=store, rank=RANK,
                                 world_size=WORLD_SIZE, device_id=device if on_gpu else None)
-    if config.deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True)
-        # Nothing here reads memory that it did not write: filling it would only cost time.
-        torch.utils.deterministic.fill_uninitialized_memory = False
     problem = compiler_problem(device) if config.compile else "as asked"
     machine["compile"] = problem is None
     compiled = f"not compiled ({problem})" if problem else "compiled (up to a minute at first)"
@@ -664,7 +665,7 @@ def set_up_machine(config):
 
 # What makes a value of a text, by the type of its key. The choices refuse what is no bool.
 READERS = {bool: lambda text: {"true": True, "false": False}.get(text.lower(), text),
-           int: prepare.number(int, 0, 2**48), float: prepare.number(float, 0, 2**48),
+           int: prepare.number(int, 0, 2**31), float: prepare.number(float, 0, 2**48),
            str: prepare.typed_path}
 
 
@@ -887,7 +888,6 @@ def main(argv):
     try:
         if RANK == 0 and (out / ".lock").exists():
             lock.acquire()
-            (out / "checkpoint.tmp").unlink(missing_ok=True)  # of a kill: its room is free
         run = set_up(source, overrides)
         catch_signals(signals)
         if RANK == 0:
