@@ -126,7 +126,7 @@ def choose_text(path):
         return decode_text(path, Path(path).read_bytes()), Path(path).name
     for attempt in 1, 2, 3:
         try:
-            content = urllib.request.urlopen(URL, timeout=10).read(2**24)
+            content = urllib.request.urlopen(URL, timeout=10).read()
             if hashlib.sha256(content).hexdigest() != SHA256:  # an error page never becomes data
                 raise ValueError(f"what came is something else: {content[:40]!r}")
             return content.decode(), f"Tiny Shakespeare ({URL})"
@@ -179,9 +179,10 @@ def choose_tokenizer(name, new):
         return name, Path(name).resolve().name
     try:
         return hub_folder(name), name
-    except Exception:
+    except Exception as error:
         if name != TOKENIZER:
             raise
+        log(f"{name}: {first_line(error)}")
     return stand_in_tokenizer(new), "stand-in: byte-level BPE trained on pydoc_data.topics"
 
 
@@ -266,8 +267,8 @@ def fsync(path):
 def replacing(out_dir):
     """A folder to write in, which then takes the place of out_dir; after an error nothing did."""
     out_dir = Path(os.path.realpath(out_dir))  # of a link, what it leads to is replaced
-    if Path.cwd().is_relative_to(out_dir):  # the shell would be left in a folder that is gone
-        raise ValueError(f"--out_dir {out_dir}: this is where you are; name a folder below it")
+    if Path.cwd().is_relative_to(out_dir) or out_dir.is_mount():  # neither can be replaced
+        raise ValueError(f"--out_dir {out_dir}: you are in it, or a disk is; name a folder below")
     is_parent_new = not out_dir.parent.exists()
     work = out_dir.with_name(f".{out_dir.name}.part")
     new, old = work / "new", work / "old"
@@ -278,7 +279,7 @@ def replacing(out_dir):
         if old.exists() and not out_dir.exists():  # killed between the two renames
             old.rename(out_dir)
         names = set(os.listdir(out_dir)) if out_dir.exists() else set()
-        if "meta.json" in names:  # (what prepare.py made may be replaced)
+        if "tokenizer" in names:  # (what prepare.py made may be replaced)
             names -= {"train.bin", "val.bin", "meta.json", "tokenizer"}
         if names:
             raise ValueError(f"--out_dir {out_dir}: holds {min(names)}; name a new folder")

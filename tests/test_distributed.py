@@ -34,8 +34,7 @@ def torchrun(argv, agent=("--standalone", "--nproc_per_node=3"), script=ROOT / "
 def run_three(argv, folder=""):
     """Runs three processes to their end; returns what they printed."""
     with processes(argv, [folder] * 3) as started:
-        for p in started:
-            expect(p.end().code == 0, *(p.text for p in started))
+        expect(all(p.end().code == 0 for p in started), *(p.text for p in started))
         return [p.text for p in started]
 
 
@@ -117,12 +116,10 @@ def test_sigterm_to_torchrun_saves_and_two_nodes_go_on(data, undisturbed):
         assert p.end(60).code != 0
         assert f"{intact('out')[-1]:06d}.pt is written" in p.text, p.text
     assert 12 <= last_step("out") == intact("out")[-1] < STEPS
-    nodes = ["--nnodes=2", "--rdzv_backend=static", "--master_addr=127.0.0.1",
-             f"--master_port={free_port()}"]
+    nodes = ["--nnodes=2", "--rdzv_backend=static", f"--master_port={free_port()}"]
     with (torchrun(argv, [*nodes, "--nproc_per_node=1", "--node_rank=0"]) as first,
           torchrun(argv, [*nodes, "--nproc_per_node=2", "--node_rank=1"]) as second):
-        for p in (first, second):
-            expect(p.end().code == 0, first.text, second.text)
+        expect(all(p.end().code == 0 for p in (first, second)), first.text, second.text)
         assert "resuming from" in first.text and "step " not in second.text
     assert lost_bits(undisturbed[0], "out") == 0
 
@@ -147,8 +144,7 @@ def test_the_others_wait_for_a_first_process_that_is_late(start):
     with start([], script=write("late.py", LATE)) as started:
         started = [started] if start is torchrun else started
         expect(all(p.end(60).code == 0 for p in started), *(p.text for p in started))
-        text = "".join(p.text for p in started)
-        assert text.count("0:30:00 0:30:00") == 3, text
+        assert "".join(p.text for p in started).count("0:30:00 0:30:00") == 3
 
 
 @pytest.mark.parametrize("second, argv, word", [

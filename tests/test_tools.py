@@ -37,6 +37,7 @@ def exported(run_dir, tmp_path_factory):
 
 @pytest.mark.parametrize("dtype, tolerance", [("float32", 1e-5), ("bfloat16", 0.03)])
 def test_transformers_gives_an_export_the_same_logits(run_dir, tokenizer, dtype, tolerance):
+    from tokenizers.processors import BertProcessing
     from transformers import AutoModelForCausalLM, AutoTokenizer
     assert run_main(export.main, run_dir, "exported", dtype=dtype).code == 0
     theirs = AutoModelForCausalLM.from_pretrained("exported").eval()
@@ -50,6 +51,9 @@ def test_transformers_gives_an_export_the_same_logits(run_dir, tokenizer, dtype,
     assert (a - b).abs().max() <= tolerance * b.abs().max()
     written = AutoTokenizer.from_pretrained("exported")
     assert all(written.encode(text) == tokenizer.encode(text) for text in HARD_TEXTS)
+    written.backend_tokenizer.post_processor = BertProcessing(("a", 2), ("b", 1))
+    export.save_tokenizer(written, Path("exported"))  # training had nothing before or after a text
+    assert AutoTokenizer.from_pretrained("exported").encode("To be") == tokenizer.encode("To be")
     assert theirs.generation_config.eos_token_id == tokenizer.eos_token_id
     config = json.loads(Path("exported/config.json").read_text())
     assert config.keys() & train.KEYS.keys() == train.SmolLM2Config.__dataclass_fields__.keys()

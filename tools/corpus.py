@@ -44,7 +44,8 @@ def find_files(inputs):
         if os.path.isdir(given):
             found = files_below(given)
         elif not os.path.exists(given):
-            found = sorted(filter(os.path.isfile, glob.glob(given, recursive=True)))
+            found = [file for match in sorted(glob.glob(given, recursive=True)) for file in
+                     (files_below(match) if os.path.isdir(match) else [match])]
         if not found:
             raise ValueError(f"--input {given}: no such file, or none of a kind that is read here")
         for file in found:

@@ -11,6 +11,7 @@ import socket
 import threading
 import time
 from contextlib import suppress
+from contextvars import copy_context
 from functools import lru_cache, partial
 from html import escape
 from importlib.util import find_spec
@@ -19,7 +20,7 @@ from pathlib import Path
 
 import prepare
 import sample
-from model import HUB_NAME, pick_device
+from model import HUB_NAME, compiler_problem, pick_device
 from tools.plot import column, read_metrics
 from train import checkpoints, step_of
 
@@ -66,6 +67,14 @@ def load(name, changed):
     return model.to(*pick_device(decoding=True)[:2]).eval(), *prepare.open_tokenizer(folder)
 
 
+@lru_cache
+def told_how(device):
+    """The context in which torch was told how to compile here: gradio takes each step in another,
+    where torch would forget it."""
+    compiler_problem(device)
+    return copy_context()
+
+
 def stream(is_on, name, prompt, stops, seed, length, temperature, top_k, top_p):
     """Yields (text after the prompt, a line about it, whether more comes); text as sample.py's."""
     text, line, tokens, seconds = "", "0 tokens", 0, 0.0
@@ -73,13 +82,14 @@ def stream(is_on, name, prompt, stops, seed, length, temperature, top_k, top_p):
     with ONE_STEP:
         place = name if os.path.exists(name) else os.path.dirname(name) or "out"  # best is no file
         loaded = load(name, os.path.exists(place) and os.path.getmtime(place))
+        context = told_how(loaded[0].lm_head.weight.device)
     pieces = sample.write(*loaded, prompt, 1, int(length), stops, int(seed),
                           temperature=temperature, top_k=int(top_k), top_p=top_p)
     new, count = [""], 1
     while new and is_on():
         with ONE_STEP:
             began = time.perf_counter()
-            new = [piece for (piece,) in islice(pieces, count)]
+            new = [piece for (piece,) in context.run(list, islice(pieces, count))]
             seconds += time.perf_counter() - began
         text += "".join(new)
         tokens = min(tokens + len(new), int(length))  # (the end has a piece, and no token)

@@ -108,11 +108,16 @@ def check_logits(model, folder):
 
 
 def save_tokenizer(tokenizer, folder):
-    """Writes the tokenizer so that transformers 4, and what builds on it, reads it, too."""
+    """Writes the tokenizer so that transformers 4, and what builds on it, reads it, too.
+
+    It puts nothing before or after a text, since nothing stood there in training."""
+    from tokenizers.processors import ByteLevel
+    if tokenizer.num_special_tokens_to_add():
+        tokenizer.backend_tokenizer.post_processor = ByteLevel()  # (it adds none)
     tokenizer.save_pretrained(folder)
     file = folder / "tokenizer_config.json"
     config = json.loads(file.read_bytes())
-    for name in ("backend", "is_local", "local_files_only"):
+    for name in ("backend", "is_local", "local_files_only", "add_bos_token", "add_eos_token"):
         config.pop(name, None)
     if "extra_special_tokens" in config:
         config["additional_special_tokens"] = config.pop("extra_special_tokens")
@@ -198,8 +203,9 @@ def write_card(args, folder, state, parameters, title):
     from tools.plot import draw, read_metrics
     from train import KEYS
     config, meta, step, rows = state["config"], read_meta(state), state["step"], []
-    with suppress(ValueError):  # none are there
-        rows = [row for row in read_metrics(state["file"].parent) if row["step"] <= step]
+    with suppress(ValueError):  # none are there; those of a checkpoint set aside are gone
+        if state["file"].suffix == ".pt":
+            rows = [row for row in read_metrics(state["file"].parent) if row["step"] <= step]
     tests = [row for row in rows if row.get("val_loss") is not None]
     is_evaluated = tests and tests[-1]["step"] == step
     figures = metrics_of(tests[-1]["val_loss"], meta) if is_evaluated else {}
@@ -223,7 +229,7 @@ def write_card(args, folder, state, parameters, title):
         recipe="\n".join(f"{name} = {value!r}" for name, value in config.items()
                          if name not in PATHS and value != KEYS[name].default),
         machine=", ".join(f"{name} {value}" for name, value in machine.items() if value != "")),
-        encoding="utf-8")
+        encoding="utf-8", errors="backslashreplace")  # (a file's name can be no UTF-8)
 
 
 def export(args):
