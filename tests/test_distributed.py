@@ -130,8 +130,8 @@ from torch import device, distributed as dist
 import train
 time.sleep(3 * (os.environ["RANK"] == "0"))
 train.set_up_machine(train.TrainConfig(device="cpu", compile=False))
-backend = dist.group.WORLD._get_backend(device("cpu"))
-print(dist.distributed_c10d._get_default_store().timeout, backend.options._timeout, flush=True)
+gloo, c10d = dist.group.WORLD._get_backend(device("cpu")), dist.distributed_c10d
+os.write(1, f"{c10d._get_default_store().timeout} {gloo.options._timeout}\\n".encode())
 dist.barrier()
 os._exit(0)
 """
