@@ -7,7 +7,7 @@ import shutil
 import subprocess
 import venv
 from pathlib import Path
-from unittest.mock import Mock
+from unittest.mock import Mock, patch
 
 import pytest
 import torch
@@ -36,6 +36,7 @@ def exported(run_dir, tmp_path_factory):
 
 
 @pytest.mark.parametrize("dtype, tolerance", [("float32", 1e-5), ("bfloat16", 0.03)])
+@patch("huggingface_hub.snapshot_download", lambda name, **_: "exported")
 def test_transformers_gives_an_export_the_same_logits(run_dir, tokenizer, dtype, tolerance):
     from tokenizers.processors import BertProcessing
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -45,6 +46,9 @@ def test_transformers_gives_an_export_the_same_logits(run_dir, tokenizer, dtype,
     ours = sample.load(str(run_dir))[0].to(theirs.dtype)
     for name, p in ours.named_parameters():
         assert torch.equal(p, theirs.get_parameter(name)), name
+    texts = [run_main(sample.main, checkpoint=source, max_new_tokens=9, dtype=dtype).out
+             for source in (run_dir, "exported", "me/model")]
+    assert texts == 3 * texts[:1] and len(texts[0]) > 9
     idx = torch.randint(0, 49152, (2, 60), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         a, b = ours(idx)[0].float(), theirs(idx).logits.float()
@@ -154,11 +158,15 @@ def test_push_to_hub_uploads_the_folder(run_dir, monkeypatch):
     hub.upload_folder.return_value = "https://example.org/me/bard"
     monkeypatch.setattr("huggingface_hub.HfApi", lambda: hub)
     argv = [run_dir, "exported", "--overwrite", "--push_to_hub=me/bard", "--private"]
+    write("exported/mine", "not for the hub")
     done = run_main(export.main, *argv)
     assert done.code == 0 and "example.org/me/bard" in done.err
     hub.create_repo.assert_called_once_with("me/bard", private=True, exist_ok=True)
     sent = hub.upload_folder.call_args.kwargs
     assert (sent["repo_id"], sent["folder_path"]) == ("me/bard", Path("exported"))
+    assert set(sent["allow_patterns"]) == {*os.listdir("exported")} - {"mine"}
+    hub.model_info.return_value.private = False
+    expect_end(run_main(export.main, *argv), [1], "public")
     assert os.path.exists("exported/generation_config.json")  # the other files are read above
     assert "pretrained=me/bard" in Path("exported/README.md").read_text(encoding="utf-8")
     hub.create_repo.side_effect = OSError("no login")
@@ -267,6 +275,9 @@ def test_a_space_is_a_new_folder_and_tells_nothing_of_this_machine(run_dir):
     assert not {"run.json", ".lock", "samples"} & {path.name for path in Path("sp ace").rglob("*")}
     assert train.checkpoints(f"sp ace/{run_dir.name}") and os.listdir() == ["sp ace"]
     assert not any(str(run_dir.parent).encode() in (raw or b"") for raw in snapshot().values())
+    damaged = write("bad/step_000001.pt", "damaged")
+    refused(run_main(space.main, "new", "bad"), damaged, code=1)
+    assert sorted(os.listdir()) == ["bad", "sp ace"]
 
 
 @pytest.mark.slow

@@ -59,7 +59,8 @@ def train_ours(shape, deterministic=True, optimizer="adamw"):
                                optimizer=optimizer, lr_decay_steps=5000)
     machine = train.set_up_machine(config)
     run = train.Run(config, SmolLM2(config), None, *machine)
-    run.model.compile_for_training(B * T)
+    if run.machine["compile"]:
+        run.model.compile_for_training(B * T)
 
     def step():
         batch = torch.randint(0, config.vocab_size, (B, T + 1), device=run.device)
@@ -143,19 +144,23 @@ def seconds_of(work, device):
 
 
 def timed(work):
-    import torch
     start = time.perf_counter()
     work()
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
+    wait_for_device()
     return time.perf_counter() - start
+
+
+def wait_for_device():
+    import torch
+    if torch.accelerator.is_available():  # CUDA, MPS
+        torch.accelerator.synchronize()
 
 
 def decode_ours(rows, prompt, new, dtype):
     import torch
 
     import model
-    device, dtype, _ = model.pick_device("auto", dtype)
+    device, dtype, _ = model.pick_device("auto", dtype, decoding=True)
     model.keep_freed_memory()
     net = model.SmolLM2(model.SmolLM2Config()).to(device, dtype).eval()
     compiled = model.worth_compiling(device, 10**6)  # as for a long text: it is not timed
@@ -180,7 +185,7 @@ def decode_transformers(rows, prompt, new, dtype):
     import torch
 
     from model import pick_device
-    device, dtype, _ = pick_device("auto", dtype)
+    device, dtype, _ = pick_device("auto", dtype, decoding=True)
     model = transformers_model().to(device, dtype).eval()
 
     def step():
@@ -235,14 +240,21 @@ def serve(contestant, **options):
     for _ in sys.stdin:
         start = time.perf_counter()
         answer = {"result": step()}
-        answer["memory"] = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        wait_for_device()
+        answer["memory"] = peak_memory()
         answer["room"] = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
         if torch.cuda.is_available():
-            torch.cuda.synchronize()
             answer["memory"] = torch.cuda.max_memory_reserved()
             answer["room"] = torch.cuda.mem_get_info()[1]
         answer["seconds"] = time.perf_counter() - start
         print(json.dumps(answer), file=answers, flush=True)
+
+
+def peak_memory():
+    """Bytes. (On Linux getrusage also counts what the parent held, on a Mac it counts in bytes.)"""
+    with suppress(OSError):
+        return 1024 * int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1])
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 # --------------------------------------------------------------------------------- in the parent
@@ -273,8 +285,9 @@ class Contestant:
         if not answer:
             self.process.wait()
             self.errors.seek(0)
-            lines = self.errors.read().strip().splitlines()
-            self.problem = f"{self.label} failed: {(lines or ['without a word'])[-1]}"
+            lines = self.errors.read().strip().splitlines() or ["without a word"]
+            named = [e for e in lines if re.match(r"[\w.]+(Error|Exception|Compiler)\b", e)]
+            self.problem = f"{self.label} failed: {(named or lines)[-1]}"
             return
         self.answers.append(json.loads(answer))
 
@@ -434,7 +447,7 @@ def bench_tests(args, report):
     report["tests"] = done.stdout
     print(f"\ntests    {done.stdout.strip()}")
     if done.returncode:
-        raise RuntimeError("a test failed")
+        raise RuntimeError(done.stderr.strip() or "a test failed")
 
 
 def bench_decode(args, report):
@@ -493,8 +506,8 @@ def main(argv=None):
     add("--runs", type=prepare.number(int, 1), default=7,
         help="measured turns of each contestant [7]")
     add("--fast", dest="deterministic", action="store_false", help="train with deterministic=false")
-    add("--dtype", choices=["bfloat16", "float16", "float32"], default="bfloat16",
-        help="of the weights while decoding [bfloat16]")
+    add("--dtype", choices=["auto", "bfloat16", "float16", "float32"], default="auto",
+        help="of the weights while decoding [as sample.py has them]")
     add("--gguf", type=path, help="the model for llama.cpp, where llama-cpp-python is")
     add("--data_dir", type=path, default=os.path.abspath(prepare.DEFAULT_OUT_DIR),
         help="prepared data, whose text is tokenized again [data/shakespeare]")
@@ -522,7 +535,7 @@ def main(argv=None):
     for part in parts:  # one that fails takes none of the others with it
         try:
             PARTS[part](args, report)
-        except RuntimeError as e:
+        except (RuntimeError, OSError, ValueError) as e:
             failed.append(part)
             prepare.log(f"\n{part}: {e}")
         if args.output:

@@ -4,10 +4,11 @@
     python -m tools.corpus --dataset HuggingFaceTB/smollm-corpus:cosmopedia-v2 \\
         --max_tokens 100_000_000 --out_dir data/cosmopedia
 
-Files: .txt and .md (each a document), .jsonl, .json, .parquet and .arrow (many documents, in the
-field --column), all of them also as .gz. Whole documents are held out, chosen by the sha256 of
-their first MiB alone, so that adding documents moves none to the other side. <|endoftext|> follows
-each of them. Everything is streamed: memory holds one batch and the longest document.
+Files: .txt and .md (each a document), .jsonl and .json (many documents, in the field --column; an
+object a line, or a list), all of these also as .gz, .parquet and .arrow. Whole documents are held
+out, chosen by the sha256 of their first MiB alone, so that adding documents moves none to the other
+side. <|endoftext|> follows each of them. Everything is streamed: memory holds one batch and the
+longest document (a list in .json: all of it).
 """
 import contextlib
 import glob
@@ -24,7 +25,7 @@ from tqdm import tqdm
 
 import prepare
 
-READERS = {".jsonl": "lines", ".json": "json", ".parquet": "parquet", ".arrow": "arrow"}
+READERS = {".jsonl": "lines", ".json": "lines", ".parquet": "parquet", ".arrow": "arrow"}
 NO_DOCUMENTS = ("dataset_info.json", "dataset_dict.json", "state.json")  # save_to_disk writes them
 BATCH = 2**22  # characters encoded together
 
@@ -82,8 +83,8 @@ def read_files(files, column):
         if kind == "lines":
             yield from read_records(read_lines(file), file, column)
         elif kind:
-            if not os.path.getsize(file):  # of which the library says nothing that helps
-                raise ValueError(f"--input {file}: it is empty; delete it, or download it again")
+            if not os.path.getsize(file) or file.lower().endswith(".gz"):  # (the library misleads)
+                raise ValueError(f"--input {file}: is empty or packed; delete it, or gunzip it")
             stream = open_stream(file, kind, data_files=[glob.escape(file)], split="train")
             yield from read_records(stream, file, column)
         else:
@@ -91,13 +92,19 @@ def read_files(files, column):
 
 
 def read_lines(file):
-    """Yields the records of a .jsonl file. (The library takes the types of all its fields, also of
-    those that nobody asked for, from the first 10 MB, and ends where a later record differs.)"""
+    """Yields the records of a .jsonl or .json file. (The library takes the types of all its fields,
+    also of those that nobody asked for, from the first 10 MB, and ends where a later record
+    differs; and where a list has a text that is none, it quotes all others.)"""
     opened = gzip.open if file.lower().endswith(".gz") else open
     with opened(file, "rt", encoding="utf-8-sig") as lines:
         for line in lines:
             if line.strip():
-                yield dict(json.loads(line))
+                try:
+                    found = json.loads(line)
+                except ValueError:  # printed over several lines
+                    found = json.loads(line + lines.read())
+                for record in found if isinstance(found, list) else [found]:
+                    yield {"text": record} if isinstance(record, str) else dict(record)
 
 
 def read_text(file):

@@ -48,7 +48,7 @@ python sample.py --checkpoint {target} --prompt "ROMEO:"    # in the trainer's o
 lm_eval --model hf --model_args pretrained={target} --tasks lambada_openai,hellaswag
 pip install sentencepiece && python llama.cpp/convert_hf_to_gguf.py {quoted} --outfile {quoted}.gguf
 llama-completion -m {quoted}.gguf -p "ROMEO:" -no-cnv
-printf 'FROM ./{title}.gguf\\nTEMPLATE "{{{{ .Prompt }}}}"\\n' > Modelfile
+printf 'FROM ./%s.gguf\\nTEMPLATE "{{{{ .Prompt }}}}"\\n' {quoted} > Modelfile
 ollama create {quoted} && ollama run {quoted} "ROMEO:"
 ```
 
@@ -233,7 +233,8 @@ def write_card(args, folder, state, parameters, title):
 
 
 def export(args):
-    """Writes the folder. Raises ValueError where there is nothing to export, or OSError."""
+    """Writes the folder; returns the names of the files. Raises ValueError where there is nothing
+    to export, or OSError."""
     import torch
     from transformers import PreTrainedTokenizerFast
 
@@ -246,9 +247,10 @@ def export(args):
     title = (args.push_to_hub or args.folder.resolve().name).split("/")[-1]
     ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
     tokenizer.model_max_length = model.config.max_position_embeddings
-    folder = args.folder.resolve()  # of a link, what it leads to: os.replace stays on one disk
+    folder = args.folder.resolve()  # of a link, what it leads to
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".export-", dir=folder.parent) as new:
+    beside = folder if folder.exists() else folder.parent  # on the same disk, for os.replace
+    with tempfile.TemporaryDirectory(prefix=".export-", dir=beside) as new:
         new = Path(new)  # so that nothing half written is left
         save_pretrained(model, new, getattr(torch, args.dtype), **ids)
         check_logits(model, new)
@@ -257,8 +259,10 @@ def export(args):
         write_json(new / "generation_config.json", generation)
         write_card(args, new, state, sum(p.numel() for p in model.parameters()), title)
         folder.mkdir(exist_ok=True)
-        for file in new.iterdir():
-            os.replace(file, folder / file.name)
+        names = os.listdir(new)
+        for name in names:
+            os.replace(new / name, folder / name)
+    return names
 
 
 @prepare.command("tools.export")
@@ -286,7 +290,7 @@ def main(argv=None):
     if (args.folder / "metrics.jsonl").exists():
         parser.error(f"{args.folder} holds a run: choose another folder")
     try:
-        export(args)
+        names = export(args)
     except OSError as e:
         raise ValueError(f"cannot write {args.folder}: {e.strerror or e}") from None
     print(f"{args.folder} is written", file=sys.stderr)
@@ -294,7 +298,10 @@ def main(argv=None):
         with prepare.explaining("the upload failed (logged in? hf auth login)"):
             from huggingface_hub import HfApi
             HfApi().create_repo(args.push_to_hub, private=args.private, exist_ok=True)
+            if args.private and not HfApi().model_info(args.push_to_hub).private:
+                raise ValueError(f"{args.push_to_hub} is there already, and public")
             where = HfApi().upload_folder(repo_id=args.push_to_hub, folder_path=args.folder,
+                                          allow_patterns=names,
                                           commit_message="Upload a model and its card")
             print(f"uploaded: {where}", file=sys.stderr)
 

@@ -22,7 +22,8 @@ STYLE = {"font.size": 10, "axes.spines.top": False, "axes.spines.right": False,
          "axes.edgecolor": "#999999", "axes.grid": True, "grid.color": "#e8e8e8",
          "axes.axisbelow": True, "axes.titlesize": 10.5, "axes.titleweight": "bold",
          "axes.titlelocation": "left", "xtick.color": "#444444", "ytick.color": "#444444",
-         "legend.frameon": False, "lines.linewidth": 1.8, "svg.hashsalt": ""}
+         "legend.frameon": False, "lines.linewidth": 1.8, "svg.hashsalt": "",
+         "text.parse_math": False}
 COLORS = ["#2563eb", "#ea580c", "#059669", "#9333ea", "#dc2626", "#0891b2", "#a16207", "#db2777"]
 
 

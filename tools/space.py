@@ -7,6 +7,7 @@ import os
 import re
 import shlex
 import shutil
+import tempfile
 from pathlib import Path
 
 import prepare
@@ -29,7 +30,7 @@ from tools.demo import main
 main({argv!r})
 """
 PRIVATE = shutil.ignore_patterns("run.json", ".lock", "samples", "*.superseded", "tensorboard",
-                                 "checkpoint.tmp", "plot.*")
+                                 "checkpoint.tmp", "plot.*", "*.pt")
 RUN_ALONE = {"optimizer": {}, "muon": {}, "rng": [], "machine": {}}  # what resumes a run
 
 
@@ -42,10 +43,10 @@ def write_space(folder, sources, models):
         shutil.copy(root / file, folder / file)
     for name, source in sources.items():
         shutil.copytree(source, folder / name, ignore=PRIVATE)
-        for path in checkpoints(folder / name):
+        for path in checkpoints(source):
             state = read_checkpoint(path)
             state["config"] |= dict.fromkeys(PATHS, "")
-            write_checkpoint(path, state | RUN_ALONE)
+            write_checkpoint(folder / name / path.name, state | RUN_ALONE)
     pinned = [line.split()[0] for file in ("requirements.txt", "tools/requirements.txt")
               for line in (root / file).read_text().splitlines() if "==" in line]
     versions = dict(line.split("==") for line in pinned)
@@ -53,8 +54,6 @@ def write_space(folder, sources, models):
     (folder / "requirements.txt").write_text("\n".join(needed) + "\n")
     (folder / "README.md").write_text(FRONT_MATTER.format_map(versions))
     (folder / "app.py").write_text(APP.format(argv=["--checkpoint", *sources, *models]))
-    print(f"{folder} is written: create a Gradio Space, and push this folder to it, as in\n"
-          f"hf upload --repo-type space USER/NAME {shlex.quote(str(folder))}")
 
 
 @prepare.command("tools.space")
@@ -72,14 +71,19 @@ def main(argv=None):
     for name in models:
         if not re.fullmatch(HUB_NAME, name) or Path(name).parent.exists():
             parser.error(f"{name}: no such folder")
-    if len(sources) + len(models) < len(names):
+    if len(sources) + len(models) < len(names) or "tools" in sources:
         parser.error("name folders, each with a name of its own")
     for name in sources.values():
         if not Path(name, "config.json").exists() and not checkpoints(name):
             parser.error(f"{name}: holds no model")
         if folder.resolve().is_relative_to(Path(name).resolve()):
             parser.error(f"{folder} is inside {name}, which would be copied into itself")
-    write_space(folder, sources, models)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".space-", dir=folder.parent) as new:
+        write_space(Path(new, "space"), sources, models)
+        os.rename(f"{new}/space", folder)  # so that nothing half written is left
+    print(f"{folder} is written: create a Gradio Space, and push this folder to it, as in\n"
+          f"hf upload --repo-type space USER/NAME {shlex.quote(args.folder)}")
 
 
 if __name__ == "__main__":
