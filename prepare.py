@@ -201,7 +201,7 @@ def prepare_tokenizer(args, source, folder):
         tokenizer.eos_token_id = end
         tokenizer.save_pretrained(folder)
     vocab_size = 1 + max(tokenizer.get_vocab().values())
-    if vocab_size > 2**16:
+    if vocab_size > 65_536:
         raise ValueError(f"--tokenizer {name}: {vocab_size:,} tokens; at most 65,536 fit uint16")
     names = {"text": source, "tokenizer": name}
     stand_in = " and ".join(what for what in names if names[what].startswith("stand-in: "))
@@ -222,9 +222,9 @@ def prepare_tokenizer(args, source, folder):
 # GPT-2's pattern, with or without Digits before it, always ends a word before a space or line feed
 # that follows no white space: none of its alternatives 's|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+|
 #  ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+ runs on over such a place. So a text is cut there, and else not.
-# In pieces longer than 4,096 characters the encoder is slower (its caches).
+# In pieces much longer than 4,096 characters the encoder is slower (its caches).
 PIECES = re.compile(r".{4096}.*?(?<=\S)(?=[ \n])|.*", re.DOTALL)
-BATCH = 2**10  # pieces handed to all cores at once
+BATCH = 1024  # pieces handed to all cores at once
 
 
 def cut(text, tokenizer):
@@ -259,7 +259,8 @@ def check_decoded(name, text, decoded, allowed):
 
 def fsync(path):
     handle = os.open(path, os.O_RDONLY)
-    os.fsync(handle)
+    with suppress(OSError if path.is_dir() else ()):  # some disks of others cannot flush folders
+        os.fsync(handle)
     os.close(handle)
 
 
@@ -268,7 +269,7 @@ def replacing(out_dir):
     """A folder to write in, which then takes the place of out_dir; after an error nothing did."""
     out_dir = Path(os.path.realpath(out_dir))  # of a link, what it leads to is replaced
     if Path.cwd().is_relative_to(out_dir) or out_dir.is_mount():  # neither can be replaced
-        raise ValueError(f"--out_dir {out_dir}: you are in it, or a disk is; name a folder below")
+        raise ValueError(f"--out_dir {out_dir}: you are in it, or it is a disk; name one below")
     is_parent_new = not out_dir.parent.exists()
     work = out_dir.with_name(f".{out_dir.name}.part")
     new, old = work / "new", work / "old"
@@ -308,9 +309,8 @@ class Unbreakable(codecs.StreamWriter):  # (what it does not define is the strea
     """A standard stream: what nobody can read any more is lost, and ends no work."""
 
     def write(self, text):
-        encoding = self.stream.encoding or "utf-8"
         with suppress(OSError, ValueError):  # a closed pipe, a full disk
-            self.stream.write(text.encode(encoding, "backslashreplace").decode(encoding))
+            self.stream.write(text)
             self.stream.flush()
 
     def flush(self):
@@ -321,6 +321,8 @@ def protect_streams():
     """Nothing that is printed can end the work; no file of it takes a closed stream's number."""
     for name in ("stdin", "stdout", "stderr"):
         stream = getattr(sys, name) or open(os.devnull, "r+")
+        with suppress(OSError):  # (stdin, where something was read)
+            stream.reconfigure(errors="backslashreplace")
         setattr(sys, name, Unbreakable(stream))
 
 

@@ -7,7 +7,6 @@
 
 The text goes to standard output, all else to standard error. The same seed gives the same text.
 """
-import os
 import re
 import sys
 from itertools import tee, zip_longest
@@ -129,16 +128,16 @@ def main(argv=None):
     texts = [f"--- {i + 1}\n{options['prompt']}" for i in range(options["num_samples"])]
     if len(texts) == 1:
         texts = [options["prompt"]]
-    sys.stdout = sys.stdout.stream  # the bare one: here, what cannot be written is an error
-    sys.stdout.reconfigure(encoding="utf-8")
+    stdout = sys.stdout.stream  # the bare one: here, what cannot be written is an error
+    stdout.reconfigure(encoding="utf-8")
     try:
         for pieces in write(model.to(device, dtype), *prepare.open_tokenizer(folder), **options):
             texts = [text + piece for text, piece in zip(texts, pieces)]
-            print(texts[0], end="", flush=True)  # as it comes; the others when all are done
+            print(texts[0], end="", file=stdout, flush=True)  # as it comes; the rest at the end
             texts[0] = ""
-        print(*texts, sep="\n", flush=True)
-    except BrokenPipeError:  # the reader, such as `head`, has seen enough
-        os._exit(0)
+        print(*texts, sep="\n", file=stdout, flush=True)
+    except BrokenPipeError:
+        return  # the reader, such as `head`, has seen enough
     except (MemoryError, RuntimeError) as e:
         if is_out_of_memory(e):
             raise ValueError("out of memory: lower --num_samples or --max_new_tokens")

@@ -52,7 +52,7 @@ class RunControl:
     max_steps: int = key(5000, "optimizer steps of the whole run")
     log_interval: int = key(10, "steps between lines, where no progress bar is shown")
     eval_interval: int = key(250, "steps between held-out losses (0: never)")
-    eval_tokens: int = key(1_000_000, "held-out tokens read at most for one; changed: a new best")
+    eval_tokens: int = key(1_000_000, "most held-out tokens read for one; changed: a new best")
     sample_interval: int = key(500, "steps between texts in out_dir/samples (0: never)")
     checkpoint_interval: int = key(250, "steps between checkpoints (0: at the end alone)")
     keep_checkpoints: int = key(2, "newest kept besides the best (0: all)")
@@ -78,10 +78,10 @@ class TrainConfig(RunControl, SmolLM2Config):
     warmup_steps: int = key(100, "steps of linear warm-up")
     lr_decay_steps: int = key(0, "step at which the decay ends (0: max_steps)")
     weight_decay: float = key(0.1, "on matrices, not on norms")
-    beta1: float = key(0.9, "decay of the gradient's running mean")
-    beta2: float = key(0.95, "decay of its square's running mean")
+    beta1: float = key(0.9, "of AdamW: decay of the gradient's running mean")
+    beta2: float = key(0.95, "of AdamW: decay of its square's running mean")
     grad_clip: float = key(1.0, "largest norm of the gradient (0: no clipping)")
-    share_spelling: bool = key(False, "tokens learn from those that are spelt alike, too")
+    share_spelling: bool = key(False, "tokens learn from those alike in letters or capitals, too")
     # the machine
     device: str = key("auto", "auto, cpu, cuda, cuda:1, mps")
     dtype: str = key("auto", "of matrix products; weights and optimizer stay float32",
@@ -95,7 +95,7 @@ WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
 KEYS = TrainConfig.__dataclass_fields__
 FREE = RunControl.__dataclass_fields__.keys()
 SIZES = [name for name in SmolLM2Config.__dataclass_fields__ if name != "initializer_range"]
-fail = partial(prepare.fail, "train.py")  # code 1; 2 for what the user typed
+fail = partial(prepare.fail, "train.py")  # code 1; 2 for a wrong command line
 
 # ---------------------------------------------------------------------------- the order of the data
 
@@ -145,8 +145,9 @@ def orthogonal(x, dtype):
     """x (n, rows, columns) with all singular values brought near one, by products in dtype.
 
     Each polynomial multiplies x by a factor made of gram = x x^T. For a long x the factors are
-    multiplied first, and each gram is made of the one before: all these are (rows, rows). In bf16
-    that is good for three polynomials, not for four: rounding grows with each."""
+    multiplied first, and each gram is made of the one before, since all these, (rows, rows),
+    commute: (f x) (f x)^T = f gram f. In bf16 that is good for three polynomials, not for four:
+    rounding grows with each."""
     if x.size(1) > x.size(2):
         return orthogonal(x.mT, dtype).mT
     x = (x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)).to(dtype)  # fp16 would lose small ones
@@ -203,13 +204,13 @@ def make_optimizers(model, config, dtype):
 
 
 def spelling(tokenizer, V, device):
-    """Yields embedding_bag's arguments twice: for the tokens that have each feature, and for the
-    features that each of V tokens has: its shape ("Xxx" for "The"), its trigrams in lower case."""
+    """Yields embedding_bag's arguments twice: a bag of tokens for each feature, then a bag of
+    features for each of V tokens: its shape ("Xxx" for "The"), its trigrams in lower case."""
     pairs, ids = [], {}
     for i in range(V):
         token = tokenizer.id_to_token(i) or ""  # "Ġ" is a space
         shape = re.sub("[a-z]", "x", re.sub("[A-Z]", "X", token))
-        features = shape, *re.findall("(?=(...))", f"^{token.lower()}$")
+        features = shape, *re.findall("(?=(...))", f"^{token.lower()}$")  # ("xxx" can be both)
         pairs += [(i, ids.setdefault(feature, len(ids))) for feature in features]
     tokens, features = torch.tensor(pairs, device=device).T
     for bags, members in (features, tokens), (tokens, features):
@@ -274,15 +275,15 @@ def train_step(run, batch):
         run.scaler.unscale_(optimizer)
     norm = clip_grad_norm_(run.model.parameters(), run.config.grad_clip or math.inf).item()
     loss = sum(of_all(loss.item()))
-    # In fp16 a gradient that overflows is no failure: the step is skipped, the scale lowered. (It
-    # is 1 where no fp16 is.)
+    # In fp16 a gradient that overflows is no failure: the step is skipped, the scale lowered. (The
+    # scale is 1 where no fp16 is.)
     if not math.isfinite(loss) or not (math.isfinite(norm) or run.scaler.get_scale() > 1):
         raise FloatingPointError(f"step {run.step + 1}: loss {loss}, gradient norm {norm}; try a "
                                  "lower --learning_rate")
-    if run.spelling:
+    if run.spelling:  # (the norm is that of before)
         share_gradient(run.model.lm_head.weight.grad, *run.spelling)
     for optimizer in run.optimizers.values():
-        if math.isfinite(norm):
+        if math.isfinite(norm):  # (the scaler asks each optimizer for its own part alone)
             run.scaler.step(optimizer)
         optimizer.zero_grad()
     run.scaler.update()
@@ -306,7 +307,7 @@ def evaluate(run):
             _, loss = run.model(x.view(B, T), y.view(B, T))
         total += loss.item() * count
     loss = sum(of_all(total)) / n
-    return loss if math.isfinite(loss) else math.inf  # fp16 can overflow; no number equals NaN
+    return loss if math.isfinite(loss) else math.inf  # fp16 can overflow; NaN does not compare
 
 
 # ----------------------------------------------------------------------------------------- the loop
@@ -351,6 +352,7 @@ def train(run, signals):
 @dataclass
 class Run:
     """The config, data and device of a run, and all that a checkpoint has to hold of it."""
+    # (asdict gives these six, which begin as they are here: what __init__ sets is no field.)
     step: int = 0  # optimizer steps done
     epoch: int = 0  # the place in the data: the epoch,
     sequence: int = 0  # and how many sequences of it were read
@@ -395,8 +397,8 @@ class Run:
     def load(self, state):
         """Takes over a checkpoint's dict, but for what the config says of rates and decays.
 
-        Says which changes since then change the bits; ends the program where the data cannot."""
-        # The keys, over them what a machine made of them, and the data.
+        Says which changes since then change the bits; ends the program for some others."""
+        # The keys, over them what the machine made of some ("auto" tells nothing), and the data.
         old = state["config"] | state["machine"] | state["data"]
         new = asdict(self.config) | self.machine | self.data.fingerprint
         changed = {name for name in new if old.get(name) != new[name]}
@@ -441,8 +443,7 @@ def write_sample(run):
     prompt = on_device(run.data.val[:16], run)[None]  # (1, T)
     run.model.eval()
     with run.autocast:
-        new = generate(run.model, prompt, min(100, run.config.max_position_embeddings - 16),
-                       temperature=0.8, top_k=50, generator=generator)
+        new = generate(run.model, prompt, 100, temperature=0.8, top_k=50, generator=generator)
         ids = torch.cat([prompt[0], *new])
     text = run.data.tokenizer.decode(ids.tolist(), skip_special_tokens=False)
     path = run.out / "samples" / f"step_{run.step:06d}.txt"
@@ -452,7 +453,7 @@ def write_sample(run):
 
 
 def cut_metrics(run):
-    """Cuts off metrics.jsonl, an object a step, what comes after run.step or was torn by a kill."""
+    """Cuts from metrics.jsonl, an object a step, what is after run.step or was torn by a kill."""
     with open(run.out / "metrics.jsonl", "a+b") as file:
         size = file.seek(0)
         for step in re.finditer(rb'.*?"step": (\d+).*\n', file.read()):
@@ -489,7 +490,7 @@ def catch_signals(signals):
         if signals and signum == signal.SIGINT and WORLD_SIZE == 1:  # (torchrun repeats it)
             os._exit(128 + signum)
         with suppress(OSError):  # whoever read it may be gone
-            os.write(2, b"\ntrain.py: finishing the step, then saving; Ctrl-C again ends at once\n")
+            os.write(2, b"\ntrain.py: saves after this step; Ctrl-C again (no torchrun) ends now\n")
         signals.append(signum)
     for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(signum) != signal.SIG_IGN:  # (nohup has SIGHUP ignored)
@@ -497,8 +498,8 @@ def catch_signals(signals):
 
 
 # -------------------------------------------------------------------------------------- checkpoints
-# A checkpoint is a file of torch.save, then the digest of all before it, which torch.load reads
-# over: by itself it would notice few flipped bytes.
+# A checkpoint is a file of torch.save, then the digest of all before it. torch.load ignores that,
+# and by itself would notice few flipped bytes.
 
 TAIL = 39  # bytes of a digest: "sha256:" and 32
 # What read_checkpoint makes sure of: the type of each value ("best" stands for its step).
@@ -516,7 +517,7 @@ def digest(raw):
 
 def write_checkpoint(path, state):
     """Writes under a temporary name, flushes to disk, renames: the file is whole or not there."""
-    temporary = path.with_name("checkpoint.tmp")  # the next save overwrites what a kill left
+    temporary = path.with_name("checkpoint.tmp")
     with open(temporary, "w+b") as f:
         try:
             torch.save(state, f)
@@ -532,7 +533,7 @@ def write_checkpoint(path, state):
 def read_checkpoint(path, **kwargs):
     """The dict of a checkpoint, on the CPU. Raises ValueError where it is damaged or is none.
 
-    weights_only: a file from a stranger can hold tensors and plain values, and runs no code."""
+    It is loaded with weights_only: a stranger's file holds tensors and plain values, no code."""
     with prepare.explaining(f"{path} is damaged, or no checkpoint of this train.py"):
         raw = np.memmap(path, np.uint8, "r")
         if raw[-TAIL:].tobytes() != digest(raw[:-TAIL]):
@@ -577,7 +578,7 @@ def load_checkpoint(source, **kwargs):
             return path, read_checkpoint(path, **kwargs)
         except ValueError as e:
             prepare.log(e)
-    raise ValueError(f"no whole checkpoint in {source}: start a run in another --out_dir")
+    raise ValueError(f"no whole checkpoint in {source}: name another, or use another --out_dir")
 
 
 def hint_of_best(folder, state):
@@ -638,7 +639,8 @@ def set_up_machine(config):
         facts = torch.cpu.get_capabilities()  # (different processors can have one name)
         machine["processor"] = f"{facts.get('cpu_name')} #{zlib.crc32(repr(facts).encode()):x}"
         machine["device"] = f"{device.type} ({torch.backends.cpu.get_cpu_capability()})"
-    if config.deterministic:  # (NCCL asks when it starts; NVLS adds in no fixed order)
+    if config.deterministic and device.type != "mps":  # (there some operations cannot be)
+        # NCCL asks when it starts; NVLS adds in no fixed order.
         os.environ |= {"CUBLAS_WORKSPACE_CONFIG": ":4096:8", "NCCL_NVLS_ENABLE": "0"}
         torch.use_deterministic_algorithms(True)
         # Nothing here reads memory that it did not write: filling it would only cost time.
@@ -646,7 +648,8 @@ def set_up_machine(config):
     if WORLD_SIZE > 1:
         store, *_ = next(dist.rendezvous("env://"))
         if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
-            # torchrun's store outlives a restart, with the addresses of the dead (pytorch #135712).
+            # torchrun's store outlives a restart, with the addresses of the dead (pytorch #135712;
+            # the count is each machine's own: for several the README has torchrun not share it).
             store = dist.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
         dist.init_process_group("nccl" if on_gpu else "gloo", store=store, rank=RANK,
                                 world_size=WORLD_SIZE, device_id=device if on_gpu else None)
@@ -665,7 +668,7 @@ def set_up_machine(config):
 
 # What makes a value of a text, by the type of its key. The choices refuse what is no bool.
 READERS = {bool: lambda text: {"true": True, "false": False}.get(text.lower(), text),
-           int: prepare.number(int, 0, 2**31), float: prepare.number(float, 0, 2**48),
+           int: prepare.number(int, 0, 2**31), float: prepare.number(float, 0, 2e14),
            str: prepare.typed_path}
 
 
@@ -683,7 +686,7 @@ def read_recipe(path):
             [target] = node.targets
             words.append(f"--{target.id}={ast.literal_eval(node.value)}")
         except Exception:  # of anything else
-            fail(f"{path}, line {node.lineno}: only assignments, like batch_size = 4", 2)
+            fail(f"{path}, line {node.lineno}: only key = VALUE, like batch_size = 4", 2)
     return words
 
 
@@ -700,7 +703,7 @@ def parse_args(argv):
         choices = (True, False) if f.type is bool else f.metadata.get("choices")
         add(f"--{f.name}", type=READERS[f.type], default=argparse.SUPPRESS, choices=choices,
             metavar=f.type.__name__.upper(), help=f"{f.metadata['help']} [{f.default}]")
-    args, _ = parser.parse_known_args(argv)
+    args, _ = parser.parse_known_args(argv)  # finds the recipe
     args, rest = parser.parse_known_args(args.recipe + argv)  # later words win
     if rest:
         name = rest[0].strip("-").partition("=")[0]
@@ -717,6 +720,7 @@ min(vocab_size, hidden_size, intermediate_size, num_hidden_layers, rope_theta) >
 num_attention_heads and hidden_size % (2 * num_attention_heads) == 0
 num_key_value_heads and num_attention_heads % num_key_value_heads == 0
 block_size <= max_position_embeddings
+max_position_embeddings >= 16 + 100 or not sample_interval
 batch_size % (processes * (micro_batch_size or 1)) == 0
 min_lr <= learning_rate
 max(beta1, beta2) < 1"""
@@ -842,24 +846,26 @@ def set_up(source, overrides):
 def set_up_folder(run, lock):
     """Readies out_dir, shows what will be done. Checkpoints later than run.step are set aside."""
     config, data, saved = run.config, run.data, checkpoints(run.out)
-    kept = [path for path in saved if step_of(path) <= run.step]
-    count = config.keep_checkpoints + 2 - len(kept)  # two: the best, and one being written
-    size = 12 * run.size / 1e9  # GB of one: a weight and two means, in fp32
+    (run.out / "checkpoint.tmp").unlink(missing_ok=True)  # what a killed save left takes room
+    kept = sum(step_of(path) <= run.step for path in saved)
+    count = max(1, config.keep_checkpoints + 2 - kept)  # two: the best, and one being written
+    size = 12 * run.size / 1e9  # GB of one: a weight and two means (Muon: one), in fp32
     disk = next(path for path in (run.out, *run.out.parents) if path.exists())
     room = shutil.disk_usage(disk).free / 1e9
     if room < count * size:
         fail(f"{count} more checkpoints need {count * size:.1f} GB, but {run.out} has room for "
              f"{room:.1f}: free some, lower keep_checkpoints, or use another --out_dir")
     lock.acquire()  # (makes the folder)
-    for path in saved[len(kept):]:
+    for path in saved[kept:]:
         path.rename(f"{path}.{time.time_ns()}.superseded")  # (nor does one replace another)
-    commit = subprocess.getoutput(  # "" without git
-        f"git -C {shlex.quote(str(Path(__file__).parent))} rev-parse HEAD 2>{os.devnull}")
-    facts = {"command": shlex.join(sys.argv), "config": asdict(config), "git": commit,
-             "torch": torch.__version__, "python": sys.version}
+    facts = {"command": shlex.join(sys.argv), "config": asdict(config),
+             "torch": torch.__version__, "python": sys.version,
+             "git": subprocess.getoutput(f"git -C {shlex.quote(str(Path(__file__).parent))} "
+                                         f"rev-parse HEAD 2>{os.devnull}")}  # "" without git
     (run.out / "run.json").write_text(json.dumps(facts, indent=2))
-    shutil.copytree(data.folder / "tokenizer", run.out / "tokenizer", dirs_exist_ok=True,
-                    copy_function=shutil.copyfile)  # (read-only files could not be written again)
+    (run.out / "tokenizer").mkdir(exist_ok=True)
+    for file in (data.folder / "tokenizer").iterdir():  # (without rights: it may be another's)
+        shutil.copyfile(file, run.out / "tokenizer" / file.name)
     cut_metrics(run)
     B, T, steps = config.batch_size, config.block_size, config.max_steps
     epochs = steps * B / blocks_per_epoch(len(data.train), T)
@@ -870,7 +876,7 @@ data     {data.folder}{stand_in}: {len(data.train):,} training and {len(data.val
 model    {run.size:,} parameters
 run      steps {run.step} to {steps}, {B} x {T} = {B * T:,} tokens a step, {epochs:.1f} epochs
 rates    reach min_lr at step {config.lr_decay_steps}
-writes   {run.out}/: checkpoints of {size:.2f} GB, metrics, samples""")
+writes   {run.out}/: checkpoints of up to {size:.2f} GB, metrics, samples""")
 
 
 def main(argv):
