@@ -17,14 +17,15 @@ FILES = {"good.txt": PROSE, "empty.txt": "\ufeff", "short.txt": "!?", "gz.txt": 
     "utf16.txt": PROSE.encode("utf-16"), "bare.txt": PROSE.encode("utf-16-le"), "nano/val.bin": "",
     "latin1.txt": PROSE.encode() + b"caf\xe9 ol\xe9", "one.txt": "one document", "file": "",
     **{f"{kind}.txt": begin + b"..." for kind, begin in BEGINNINGS.items()}, "mine/tokenizer": "",
-    "void.json": "", "torn.txt.gz": gzip.compress(b"text")[:-9], "empty.jsonl": '{"text": ""}\n',
+    "void.parquet": "", "p.arrow.gz": gzip.compress(b"ARROW1"), "torn.txt.gz": gzip.compress(b"text")[:-9], "empty.jsonl": '{"text": ""}\n',
     "two.jsonl": '{"text": "one"}\n{"text": "two"}\n', "bad.jsonl": '{"text": \n',
     "good.jsonl": '{"text": "one two three", "n": 1}\n' * 9, "nano/meta.json": "",
     "broken/tokenizer.json": "{}", "mine/meta.json": "{}", "mine/notes.txt": "", "full/me": "",
     "hollow/x.py": "", "bad/metrics.jsonl": "{}\n{}\n", "list/metrics.jsonl": "[1]\n",
     "binary/metrics.jsonl": b"\xff\n", "empty/metrics.jsonl": "", "w/step_1.pt": "",
     "whole/metrics.jsonl": '{"step": 1, "loss": 1, "tokens": 1, "seconds": 1}\n',
-    "theirs/samples/step_000001.txt": "theirs", "cut.jsonl": r'{"text": "\ud83d"}'}
+    "theirs/samples/step_000001.txt": "theirs", "cut.json": r'[{"text": "\ud83d"}]',
+    "mixed.json": '[{"text": "one"}, {"text": 2}]'}
 MISTAKES = {  # (script, exit code): what is typed, and what the line says
     (train, 2): [
         ("--max_steps=1.5", "max_steps, '1.5', int"), ("--learning_rate=nan", "learning_rate, nan"),
@@ -36,10 +37,11 @@ MISTAKES = {  # (script, exit code): what is typed, and what the line says
         ("--resume config/tiny.py", "train.py config/tiny.py --resume"),
         ("--hidden_size=34", "hidden_size = 34, num_attention_heads = 4"),
         ("--block_size=300", "block_size = 300, max_position_embeddings = 256"),
+        ("--num_key_value_heads=3", "num_key_value_heads = 3"), ("--out_dir=", "out_dir, empty"),
+        ("--num_hidden_layers=0", "num_hidden_layers = 0"), ("--beta2=1", "beta2 = 1"),
         ("--data_dir=nowhere", "nowhere, python prepare.py --input, --out_dir"),
-        ("--out_dir=", "out_dir, empty"), ("--learning_rat=1", "learning_rate?"),
         ("--out_dir=bad", "bad, metrics.jsonl"), ("--out_dir=theirs", "theirs, samples"),
-        ("--out_dir=bad --resume=auto", "bad, metrics.jsonl"),  # files of anyone else's
+        ("--out_dir=bad --resume=auto", "bad, metrics.jsonl"), ("--sed=1", "did you mean --seed?"),
         ("--out_dir=theirs --resume=auto", "theirs, samples"), ("--out_dir=" + 300 * "x", "long"),
         # With a line end, a recipe, which is never run. Of the last one Python itself would warn.
         ("max_stepz = 5\n", "max_steps?"), ("seed = 1\nimport os\nos.mkdir('x')\n", "r.py, line 2"),
@@ -67,8 +69,9 @@ MISTAKES = {  # (script, exit code): what is typed, and what the line says
         ("--input two.jsonl", "one side"), ("--input good.jsonl --max_tokens 2", "--max_tokens"),
         ("--input empty.jsonl", "no text"), ("--input good.jsonl --column body", "--column body"),
         ("--input bad.jsonl", "bad.jsonl"), ("--input good.jsonl --column n", "--column n"),
-        ("--input torn.txt.gz", "torn.txt.gz"), ("--input void.json", "void.json, empty"),
-        ("--input cut.jsonl", "record 1"), ("--input two.jsonl --tokenizer endless", "end-of-text"),
+        ("--input torn.txt.gz", "torn.txt.gz"), ("--input void.parquet", "void.parquet, empty"),
+        ("--input p.arrow.gz", "p.arrow.gz, gunzip"), ("--input mixed.json", "record 2, int"),
+        ("--input cut.json", "record 1"), ("--input two.jsonl --tokenizer endless", "end-of-text"),
         ("--dataset some/thing", "datasets, tools/requirements.txt")],
     (corpus, 2): [("", "--input"), ("--input good.jsonl --max_tokens 0", "--max_tokens"),
                   ("--dataset good.jsonl", "good.jsonl"), ("--input x --dataset x", "--dataset")],

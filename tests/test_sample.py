@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 
 import model as M
 import sample
@@ -51,21 +50,17 @@ def test_standard_output_is_the_prompt_and_the_text_and_nothing_else(run_dir, to
     assert result.out == ""
 
 
-def test_a_folder_in_hugging_faces_format_gives_the_greedy_tokens_of_transformers(tokenizer):
-    torch.manual_seed(0)
-    theirs = LlamaForCausalLM(LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=48, intermediate_size=96, num_hidden_layers=3,
-        num_attention_heads=6, num_key_value_heads=2, max_position_embeddings=128,
-        tie_word_embeddings=True, initializer_range=0.3))
-    theirs.save_pretrained("hf")
-    tokenizer.save_pretrained("hf")
-    ids = torch.tensor([tokenizer.encode(PROMPT)])
-    with torch.no_grad():
-        for _ in range(60):
-            ids = torch.cat((ids, theirs(ids).logits[:, -1:].argmax(-1)), dim=1)
-    found = text("hf", PROMPT, temperature=0, max_new_tokens=60, dtype="float32")
-    assert found == tokenizer.decode(ids[0].tolist())
-    assert len(ids[0].unique()) > 20  # it does not repeat itself
+@pytest.mark.slow
+def test_text_comes_as_it_is_made_a_reader_may_go_and_a_full_disk_is_an_error(run_dir):
+    command = [sys.executable, ROOT / "sample.py", f"--checkpoint={run_dir}", "--prompt=To be"]
+    with subprocess.Popen([*command, "--max_new_tokens=8000"], stdout=subprocess.PIPE,
+                          stderr=subprocess.PIPE) as process:
+        assert process.stdout.read(40).startswith(b"To be") and process.poll() is None
+        process.stdout.close()
+        assert process.wait(60) == 0, process.stderr.read()
+    with open("/dev/full", "wb") as full:
+        done = subprocess.run([*command, "--max_new_tokens=3"], stdout=full, stderr=subprocess.PIPE)
+    assert done.returncode == 1 and b"No space left" in done.stderr.splitlines()[-1]
 
 
 @pytest.mark.parametrize("num_samples, out", [(1, "A word"), (2, "--- 1\nA word\n--- 2\nA word")])

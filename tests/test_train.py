@@ -129,7 +129,8 @@ def test_a_run_writes_its_metrics_its_samples_and_a_whole_checkpoint(run, data):
     assert [line["step"] for line in lines if "val_loss" in line] == [3, 6]
     for line in lines:
         assert {"loss", "lr", "grad_norm", "tokens", "seconds", "tokens_per_sec"} <= line.keys()
-        assert math.isfinite(line["loss"]) and line["grad_norm"] > 0 and line["tokens_per_sec"] > 0
+        assert math.isfinite(line["loss"]) and line["grad_norm"] > 0
+    assert lines[-1]["seconds"] == pytest.approx(sum(128 / row["tokens_per_sec"] for row in lines))
     samples = sorted(Path("out/samples").iterdir())
     assert [path.name for path in samples] == [f"step_00000{i}.txt" for i in (2, 4, 6)]
     loss, best = min((line["val_loss"], line["step"]) for line in lines[2::3])
@@ -146,23 +147,30 @@ def test_a_run_writes_its_metrics_its_samples_and_a_whole_checkpoint(run, data):
 
 
 def test_micro_batches_change_memory_and_not_the_run(tiny):
-    """Its first loss and norm are those of the seed's first batch."""
-    runs = []
+    """Which is that of a plain loop around torch's AdamW."""
+    keys, runs = {"seed": 0, "warmup_steps": 2, "weight_decay": 3.0, "grad_clip": 0.5}, []
     for micro in (0, 1, 2):
-        assert tiny(seed=0, max_steps=5, micro_batch_size=micro, out_dir=f"m{micro}").code == 0
+        assert tiny(max_steps=8, micro_batch_size=micro, out_dir=f"m{micro}", **keys).code == 0
         runs.append(metrics(f"m{micro}"))
     for key in ("loss", "grad_norm"):
         whole, *parts = [[line[key] for line in lines] for lines in runs]
         assert all(part == pytest.approx(whole, rel=1e-4) for part in parts), key
-    run = new_run(prepare.Data("d"), seed=0)
-    rows = get_batch(run)
-    loss = F.cross_entropy(run.model(rows[:, :-1])[0].flatten(0, 1), rows[:, 1:].flatten())
-    loss.backward()
-    norm = math.sqrt(sum(p.grad.double().square().sum().item() for p in run.model.parameters()))
-    first = runs[0][0]
-    assert first["loss"] == pytest.approx(loss.item(), abs=1e-4)
-    assert first["grad_norm"] == pytest.approx(norm, rel=1e-3)
-    assert first["lr"] == 1e-2 / 4 and first["tokens"] == 64
+    run = new_run(prepare.Data("d"), lr_decay_steps=8, **keys)
+    groups = [{"params": [p for p in run.model.parameters() if p.dim() == dim],
+               "weight_decay": decay} for dim, decay in ((2, 3.0), (1, 0.0))]
+    adamw = torch.optim.AdamW(groups, betas=(0.9, 0.95))
+    for row in runs[0]:
+        rows, lr = get_batch(run), 1e-2 * lr_factor(run.config, run.step)
+        for group in adamw.param_groups:
+            group["lr"] = lr
+        loss = F.cross_entropy(run.model(rows[:, :-1])[0].flatten(0, 1), rows[:, 1:].flatten())
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(run.model.parameters(), 0.5)
+        adamw.step()
+        adamw.zero_grad()
+        run.advance()
+        wanted = {"loss": loss.item(), "grad_norm": norm.item(), "lr": lr, "tokens": run.tokens}
+        assert {key: row[key] for key in wanted} == pytest.approx(wanted, rel=1e-3)
 
 
 def test_evaluation_and_samples_do_not_touch_the_training(run):
@@ -177,11 +185,19 @@ def test_evaluation_and_samples_do_not_touch_the_training(run):
 
 
 def test_only_training_is_in_train_mode(tiny, monkeypatch):
-    real, modes = train.SmolLM2.embed, []
-    monkeypatch.setattr(train.SmolLM2, "embed",
-                        lambda model, idx: modes.append(model.training) or real(model, idx))
-    assert tiny(max_steps=2, eval_interval=1, sample_interval=1).code == 0
+    """All is deterministic and in bf16, and what is compiled is told the tokens of its pass."""
+    real, modes, compiled = train.SmolLM2.embed, [], Mock()
+    def embed(model, idx):
+        assert torch.is_autocast_enabled("cpu") and torch.are_deterministic_algorithms_enabled()
+        modes.append(model.training)
+        return real(model, idx)
+    monkeypatch.setattr(train.SmolLM2, "embed", embed)
+    monkeypatch.setattr(train.SmolLM2, "compile_for_training", compiled)
+    monkeypatch.setattr(train, "compiler_problem", lambda device: None)
+    assert tiny("--dtype=bfloat16", "--compile=true", max_steps=2, eval_interval=1,
+                sample_interval=1).code == 0
     assert modes[0] and modes.count(True) == 2 and len(modes) > 100
+    compiled.assert_called_once_with(64)
 
 
 def test_what_could_not_be_loaded_again_ends_the_run_at_its_first_checkpoint(tiny, monkeypatch):
@@ -208,7 +224,7 @@ def test_the_best_held_out_loss_is_kept_and_named(tiny, monkeypatch):
     """The loss soon rises: the best checkpoint outlives the newest ones. Stand-ins are named."""
     prepare.write_meta(Path("d"), prepare.Data("d").meta | {"stand_in": "a text that stands in"})
     monkeypatch.setattr(train, "evaluate", Mock(side_effect=[9.0, 5.0, 7.0, 6.0, 8.0, 8.5]))
-    result = tiny(max_steps=12, eval_interval=2, checkpoint_interval=2)
+    result = tiny(max_steps=12, eval_interval=2, checkpoint_interval=5)
     assert result.code == 0 and result.out.count("best 5.0000 at step 4") == 5
     assert "STAND-IN a text that stands in" in result.out
     assert result.out.count("on STAND-IN data") == 6 and intact("out") == [4, 10, 12]
@@ -216,12 +232,6 @@ def test_the_best_held_out_loss_is_kept_and_named(tiny, monkeypatch):
     assert "lowest at step 4: --checkpoint out/best)" in result.out.splitlines()[-1]
     state = {"step": 13, "best": {"step": 12}, "config": {"eval_interval": 2}}
     assert not train.hint_of_best(Path("out"), state)  # nothing after it was evaluated
-
-
-@pytest.mark.parametrize("keep, left", [(2, [3, 4]), (1, [4]), (0, [1, 2, 3, 4])])
-def test_the_newest_checkpoints_are_kept(tiny, keep, left):
-    assert tiny(max_steps=4, checkpoint_interval=1, keep_checkpoints=keep).code == 0
-    assert intact("out") == left
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
@@ -263,33 +273,35 @@ def test_muon_brings_singular_values_near_one_and_none_far_beyond(dtype, columns
         assert found.max() < 1.4 and found[:, 0].min() > 0.6 and found.min() > least
 
 
-def test_muon_moves_each_matrix_by_what_is_near_its_gradients_orthogonal_factor():
-    run = new_run(optimizer="muon", muon_learning_rate=1.0, weight_decay=0.0)
+def test_muon_moves_each_matrix_by_what_is_near_its_momentums_orthogonal_factor():
+    """After it has decayed. The momentum is Nesterov's: here of two gradients, the first larger."""
+    run = new_run(optimizer="muon", muon_learning_rate=0.5, weight_decay=1.0)
     matrices = {name: p for name, p in run.model.model.layers.named_parameters() if p.dim() == 2}
-    before = {name: p.detach().clone() for name, p in matrices.items()}
-    for p in matrices.values():
-        p.grad = torch.randn_like(p)
-    run.optimizers["muon"].step()
+    for scale in (3, 1):
+        before = {name: (p.detach() / 2, p.grad) for name, p in matrices.items()}
+        for p in matrices.values():
+            p.grad = scale * torch.randn_like(p)
+        run.optimizers["muon"].step()
     for name, p in matrices.items():
-        moved = (before[name] - p.detach()) / max(1, len(p) / p.size(1)) ** 0.5
+        decayed, first = before[name]
+        moved = (decayed - p.detach()) / 0.5 / max(1, len(p) / p.size(1)) ** 0.5
         values = torch.linalg.svdvals(moved)
-        u, _, vt = torch.linalg.svd(p.grad, full_matrices=False)
+        momentum = 0.95 * (0.95 * 0.05 * first + 0.05 * p.grad) + 0.05 * p.grad
+        u, _, vt = torch.linalg.svd(momentum, full_matrices=False)
         likeness = (moved * (u @ vt)).sum() / moved.norm() / (u @ vt).norm()
         assert values.median() > 0.7 and values.max() < 1.4 and likeness > 0.95, name
 
 
 def test_gradients_are_clipped_to_the_norm_and_the_logged_norm_is_that_before():
-    def step(clip):
+    norms = []
+    for clip in (0.0, 0.1, 100.0):
         run = new_run(grad_clip=clip)
         run.optimizers = {"sgd": torch.optim.SGD(run.model.parameters(), lr=1.0)}
-        before = [p.detach().clone() for p in run.model.parameters()]
-        _, norm = train.train_step(run, torch.randint(256, (4, 17)))
-        moved = [p.detach() - old for p, old in zip(run.model.parameters(), before)]
-        return norm, torch.nn.utils.get_total_norm(moved).item()
-    norm, moved = step(0.0)
-    assert moved == pytest.approx(norm, rel=1e-3)
-    assert step(norm / 3) == (pytest.approx(norm), pytest.approx(norm / 3, rel=1e-3))
-    assert step(norm * 3) == (pytest.approx(norm), pytest.approx(norm, rel=1e-3))
+        before = torch.nn.utils.parameters_to_vector(run.model.parameters())
+        norms.append(train.train_step(run, torch.randint(256, (4, 17)))[1])
+        moved = (torch.nn.utils.parameters_to_vector(run.model.parameters()) - before).norm().item()
+        assert moved == pytest.approx(clip if clip == 0.1 else norms[-1], rel=1e-3)
+    assert 0.2 < norms[0] < 50 and norms == 3 * norms[:1]
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_before_the_optimizer_step(tiny):
@@ -322,18 +334,6 @@ def test_an_infinite_gradient_in_fp16_stops_every_optimizer_and_lowers_the_scale
             train.train_step(run, torch.randint(256, (4, 17)))
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_overfitting_one_batch_drives_the_loss_under_0_4(optimizer):
-    run, losses = new_run(vocab_size=2048, optimizer=optimizer), []
-    batch = torch.randint(2048, (2, 17))
-    for step in range(60):
-        for o in run.optimizers.values():
-            for group in o.param_groups:
-                group["lr"] = o.defaults["lr"] * min(1, (step + 1) / 10)
-        losses.append(train.train_step(run, batch)[0])
-    assert losses[0] > 7 and losses[-1] < 0.4, losses
-
-
 def test_the_default_data_is_prepared_when_it_is_missing(monkeypatch):
     make = Mock(wraps=lambda args: write_data("data/shakespeare", range(200), vocab_size=256))
     monkeypatch.setattr(prepare, "prepare", make)
@@ -342,6 +342,7 @@ def test_the_default_data_is_prepared_when_it_is_missing(monkeypatch):
     make.assert_called_once()  # then they are there
 
 
+@patch("huggingface_hub.constants.HF_HUB_OFFLINE", True)
 def test_data_weights_and_disks_that_do_not_fit_are_refused_before_a_step(tiny, monkeypatch):
     refused(tiny(vocab_size=255), "255", "vocab_size", code=1)
     write_data("short", range(16), vocab_size=256)
