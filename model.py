@@ -441,7 +441,8 @@ def from_pretrained(source):
         state["lm_head.weight"] = state.get("model.embed_tokens.weight")  # in most files once
         return model_of(config, state).float()
     except Exception as e:
-        raise ValueError(f"cannot load {source}: {e!r:.300}")
+        problem = f"{type(e).__name__}: {' '.join(str(e).split()):.300}"
+        raise ValueError(f"cannot load {source}: {problem}")
 
 
 def cpu_has_bf16():
@@ -491,7 +492,7 @@ def compiler_problem(device):
                 torch.testing.assert_close(rotated, apply_rotary(*inputs))
             return None
         except Exception as e:  # without a compiler, all still works
-            problem = f"{e!r:.90}"
+            problem = f"{type(e).__name__}: {' '.join(str(e).split()):.80}"
     return problem
 
 

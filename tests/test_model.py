@@ -371,7 +371,7 @@ def test_bf16_is_picked_where_the_machine_has_it_and_each_process_has_its_own_gp
 def test_a_compiler_that_does_not_work_is_a_reason_in_one_line_and_no_error(monkeypatch):
     cpu, error = torch.device("cpu"), RuntimeError("no\ncompiler " + "x" * 500)
     monkeypatch.setattr(torch, "compile", Mock(side_effect=error))
-    assert M.compiler_problem.__wrapped__(cpu) == repr(error)[:90]
+    assert M.compiler_problem.__wrapped__(cpu) == f"RuntimeError: no compiler {'x' * 68}"
     monkeypatch.setattr(torch, "compile", Mock(side_effect=[lambda x, *_: x + 1, M.apply_rotary]))
     assert M.compiler_problem.__wrapped__(cpu) is None  # (of what is right: vectors of 256 bits)
     assert torch.compile.call_count == 2
