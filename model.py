@@ -4,7 +4,7 @@
 
 Modules, parameters and config fields carry Hugging Face's names: weights go in and out as they are.
 Sizes: Allal et al. 2025, "SmolLM2" (arXiv:2502.02737), and the published config.json.
-In shapes: B texts, T tokens, H query heads, G a key head, H_kv of these, D = head_dim, V ids.
+In shapes: B texts, T tokens, H query heads, H_kv key heads, G = H / H_kv, D = head_dim, V ids.
 """
 import ctypes
 import json
@@ -395,7 +395,7 @@ def generate(model, idx, max_new_tokens, compile=False, **sampling):
 
 
 def config_from_hf(hf):
-    """The SmolLM2Config of a Hugging Face config.json, a dict; LlamaConfig's defaults, no sizes.
+    """The SmolLM2Config of a config.json, a dict, with LlamaConfig's defaults for all but sizes.
 
     Raises ValueError, naming what this model does not have."""
     given = {name: value for name, value in hf.items() if value is not None}
@@ -441,8 +441,7 @@ def from_pretrained(source):
         state["lm_head.weight"] = state.get("model.embed_tokens.weight")  # in most files once
         return model_of(config, state).float()
     except Exception as e:
-        problem = f"{type(e).__name__}: {' '.join(str(e).split()):.300}"
-        raise ValueError(f"cannot load {source}: {problem}")
+        raise ValueError(f"cannot load {source}: {' '.join(str(e).split()):.300}")
 
 
 def cpu_has_bf16():

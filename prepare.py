@@ -15,6 +15,7 @@ if sys.version_info < (3, 11):
 
 import argparse
 import codecs
+import errno
 import hashlib
 import json
 import os
@@ -259,8 +260,11 @@ def check_decoded(name, text, decoded, allowed):
 
 def fsync(path):
     handle = os.open(path, os.O_RDONLY)
-    with suppress(OSError if path.is_dir() else ()):  # some disks of others cannot flush folders
+    try:
         os.fsync(handle)
+    except OSError as e:
+        if e.errno != errno.EINVAL or path.is_file():  # (some file systems flush no folders)
+            raise
     os.close(handle)
 
 
@@ -284,11 +288,11 @@ def replacing(out_dir):
             names -= {"train.bin", "val.bin", "meta.json", "tokenizer"}
         if names:
             raise ValueError(f"--out_dir {out_dir}: holds {min(names)}; name a new folder")
-        for rest in (new, old):
+        for rest in new, old:
             shutil.rmtree(rest, ignore_errors=True)
         new.mkdir()
         yield new
-        for path in (*new.rglob("*"), new):
+        for path in *new.rglob("*"), new:
             fsync(path)
         if out_dir.exists():
             out_dir.rename(old)
@@ -319,11 +323,11 @@ class Unbreakable(codecs.StreamWriter):  # (what it does not define is the strea
 
 def protect_streams():
     """Nothing that is printed can end the work; no file of it takes a closed stream's number."""
-    for name in ("stdin", "stdout", "stderr"):
+    for name in "stdin", "stdout", "stderr":
         stream = getattr(sys, name) or open(os.devnull, "r+")
-        with suppress(OSError):  # (stdin, where something was read)
+        with suppress(Exception):  # (a stdin that was read, a notebook's stream)
             stream.reconfigure(errors="backslashreplace")
-        setattr(sys, name, Unbreakable(stream))
+        setattr(sys, name, Unbreakable(getattr(stream, "stream", stream)))  # (once, if it is one)
 
 
 def log(message):

@@ -492,7 +492,7 @@ def catch_signals(signals):
         with suppress(OSError):  # whoever read it may be gone
             os.write(2, b"\ntrain.py: saves after this step; Ctrl-C again (no torchrun) ends now\n")
         signals.append(signum)
-    for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    for signum in signal.SIGINT, signal.SIGTERM, signal.SIGHUP:
         if signal.getsignal(signum) != signal.SIG_IGN:  # (nohup has SIGHUP ignored)
             signal.signal(signum, handle)
 
@@ -753,7 +753,7 @@ def find_run(overrides, resume):
     is_run = checkpoints(out)
     if not resume or resume == "auto" and not is_run:
         source = None
-    for name in ("metrics.jsonl", "samples", "tokenizer"):
+    for name in "metrics.jsonl", "samples", "tokenizer":
         if (out / name).exists() and not is_run and not (out / "run.json").exists():
             fail(f"out_dir = {out} holds {name} of something else: choose another", 2)
     return out, source
@@ -781,7 +781,7 @@ def load_run(source, overrides):
         except ValueError as e:
             fail(f"init_from: {e} (of a run: the folder that tools.export makes)")
         base = asdict(model.config)
-    for name in (*SIZES, "optimizer"):
+    for name in *SIZES, "optimizer":
         if name in base and overrides.get(name, base[name]) != base[name]:
             fail(f"{source} has {name} = {base[name]}, not {overrides[name]}: leave it out, or "
                  "start in another --out_dir")
@@ -846,7 +846,6 @@ def set_up(source, overrides):
 def set_up_folder(run, lock):
     """Readies out_dir, shows what will be done. Checkpoints later than run.step are set aside."""
     config, data, saved = run.config, run.data, checkpoints(run.out)
-    (run.out / "checkpoint.tmp").unlink(missing_ok=True)  # what a killed save left takes room
     kept = sum(step_of(path) <= run.step for path in saved)
     count = max(1, config.keep_checkpoints + 2 - kept)  # two: the best, and one being written
     size = 12 * run.size / 1e9  # GB of one: a weight and two means (Muon: one), in fp32
@@ -864,7 +863,7 @@ def set_up_folder(run, lock):
                                          f"rev-parse HEAD 2>{os.devnull}")}  # "" without git
     (run.out / "run.json").write_text(json.dumps(facts, indent=2))
     (run.out / "tokenizer").mkdir(exist_ok=True)
-    for file in (data.folder / "tokenizer").iterdir():  # (without rights: it may be another's)
+    for file in (data.folder / "tokenizer").glob("*.*"):  # (without rights: it may be another's)
         shutil.copyfile(file, run.out / "tokenizer" / file.name)
     cut_metrics(run)
     B, T, steps = config.batch_size, config.block_size, config.max_steps
@@ -894,6 +893,7 @@ def main(argv):
     try:
         if RANK == 0 and (out / ".lock").exists():
             lock.acquire()
+            (out / "checkpoint.tmp").unlink(missing_ok=True)  # what a killed save left takes room
         run = set_up(source, overrides)
         catch_signals(signals)
         if RANK == 0:

@@ -1,5 +1,4 @@
-"""Many processes: the losses of one, the same bits after any stop, an end for all if one fails.
-Three, since a sum of two has the same bits in any order."""
+"""Three processes (a sum of two has the same bits in any order): losses, stops, ends for all."""
 import contextlib
 import os
 import signal
