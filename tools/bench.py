@@ -167,7 +167,8 @@ def decode_ours(rows, prompt, new, dtype):
 
     def step():
         ids = torch.randint(0, 49152, (rows, prompt), device=device)
-        return stream(model.generate(net, ids, new, compiled, temperature=0), rows)
+        tokens = model.generate(net, ids, new, compiled, temperature=0)
+        return stream(tokens, rows) | {"dtype": str(dtype)}
     return step
 
 
@@ -194,7 +195,8 @@ def decode_transformers(rows, prompt, new, dtype):
                    "eos_token_id": None}
         first = timed(lambda: model.generate(ids, max_new_tokens=1, **options))
         whole = timed(lambda: model.generate(ids, max_new_tokens=new, **options))
-        return {"first": first, "tokens_per_sec": rows * (new - 1) / (whole - first)}
+        return {"first": first, "tokens_per_sec": rows * (new - 1) / (whole - first),
+                "dtype": str(dtype)}
     return step
 
 
@@ -252,9 +254,10 @@ def serve(contestant, **options):
 
 def peak_memory():
     """Bytes. (On Linux getrusage also counts what the parent held, on a Mac it counts in bytes.)"""
-    with suppress(OSError):
+    with suppress(OSError, TypeError):
         return 1024 * int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1])
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    unit = 1 if sys.platform == "darwin" else 1024
+    return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 # --------------------------------------------------------------------------------- in the parent
@@ -451,7 +454,7 @@ def bench_tests(args, report):
 
 
 def bench_decode(args, report):
-    print(f"\n{'decode (' + args.dtype + ')':<44}{'first token':>12}{'tok/s':>27}{'ratio':>22}")
+    print(f"\n{'decode':<44}{'first token':>12}{'tok/s':>27}{'ratio':>22}  dtype")
     for what, rows, prompt, new in [("one stream, 32 + 256 tokens", 1, 32, 256),
                                     ("one stream, at 2,000 tokens", 1, 1970, 64),
                                     ("one stream, prompt of 1,000", 1, 1000, 16),
@@ -467,10 +470,11 @@ def bench_decode(args, report):
             rates = [result["tokens_per_sec"] for result in c.get("result")]
             first = statistics.median(result["first"] for result in c.get("result"))
             ratios = [p / q for p, q in zip(ours, rates)]
+            dtype = c.get("result")[0].get("dtype", "of the file")
             report["decode"][f"{what} {c.label}"] = {
-                "tokens_per_sec": rates, "first": first, "ratios": ratios}
+                "tokens_per_sec": rates, "first": first, "ratios": ratios, "dtype": dtype}
             print(f"{what + ' ' + c.label:<44}{first:>10.2f} s{spread(rates, '{:.1f}'):>27}"
-                  f"{spread(ratios):>22}", flush=True)
+                  f"{spread(ratios):>22}  {dtype.removeprefix('torch.')}", flush=True)
 
 
 def bench_prepare(args, report):

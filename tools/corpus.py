@@ -5,7 +5,7 @@
         --max_tokens 100_000_000 --out_dir data/cosmopedia
 
 Files: .txt and .md (each a document), .jsonl and .json (many documents, in the field --column; an
-object a line, or a list), all of these also as .gz, .parquet and .arrow. Whole documents are held
+object a line, or a list), all these also as .gz; .parquet and .arrow. Whole documents are held
 out, chosen by the sha256 of their first MiB alone, so that adding documents moves none to the other
 side. <|endoftext|> follows each of them. Everything is streamed: memory holds one batch and the
 longest document (a list in .json: all of it).
@@ -80,11 +80,13 @@ def read_files(files, column):
     """Yields the documents of files."""
     for file in files:
         kind = READERS.get(suffix(file))
+        if kind and not os.path.getsize(file):  # of which the library says nothing that helps
+            raise ValueError(f"--input {file}: it is empty; delete it, or download it again")
         if kind == "lines":
             yield from read_records(read_lines(file), file, column)
         elif kind:
-            if not os.path.getsize(file) or file.lower().endswith(".gz"):  # (the library misleads)
-                raise ValueError(f"--input {file}: is empty or packed; delete it, or gunzip it")
+            if file.lower().endswith(".gz"):
+                raise ValueError(f"--input {file}: cannot be read packed; gunzip it first")
             stream = open_stream(file, kind, data_files=[glob.escape(file)], split="train")
             yield from read_records(stream, file, column)
         else:
@@ -96,15 +98,18 @@ def read_lines(file):
     also of those that nobody asked for, from the first 10 MB, and ends where a later record
     differs; and where a list has a text that is none, it quotes all others.)"""
     opened = gzip.open if file.lower().endswith(".gz") else open
+    may_be_one = suffix(file) == ".json"  # that is printed over several lines
     with opened(file, "rt", encoding="utf-8-sig") as lines:
-        for line in lines:
-            if line.strip():
-                try:
-                    found = json.loads(line)
-                except ValueError:  # printed over several lines
-                    found = json.loads(line + lines.read())
-                for record in found if isinstance(found, list) else [found]:
-                    yield {"text": record} if isinstance(record, str) else dict(record)
+        for line in filter(str.strip, lines):
+            try:
+                found = json.loads(line)
+            except ValueError:
+                if not may_be_one:
+                    raise
+                found = json.loads(line + lines.read())
+            may_be_one = False
+            for record in found if isinstance(found, list) else [found]:
+                yield {"text": record} if isinstance(record, str) else dict(record)
 
 
 def read_text(file):

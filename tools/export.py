@@ -249,7 +249,7 @@ def export(args):
     tokenizer.model_max_length = model.config.max_position_embeddings
     folder = args.folder.resolve()  # of a link, what it leads to
     folder.parent.mkdir(parents=True, exist_ok=True)
-    beside = folder if folder.exists() else folder.parent  # on the same disk, for os.replace
+    beside = folder if folder.is_mount() else folder.parent  # on the same disk, for os.replace
     with tempfile.TemporaryDirectory(prefix=".export-", dir=beside) as new:
         new = Path(new)  # so that nothing half written is left
         save_pretrained(model, new, getattr(torch, args.dtype), **ids)
@@ -277,7 +277,7 @@ def main(argv=None):
         "... (not given: the card names none)")
     add("--language", metavar="CODE", help="of the text, for the card: en, de, ...")
     add("--overwrite", action="store_true", help="replace files in a folder that is not empty")
-    add("--push_to_hub", metavar="USER/NAME", help="then upload the folder as this model")
+    add("--push_to_hub", metavar="USER/NAME", help="then upload what was written as this model")
     add("--private", action="store_true", help="with --push_to_hub: visible to you alone")
     args = parser.parse_args(argv)
     if args.push_to_hub and not re.fullmatch(HUB_NAME, args.push_to_hub):

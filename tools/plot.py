@@ -9,6 +9,7 @@ faint, their mean nearby is a line, held-out losses are dots.
 import itertools
 import json
 import os
+import re
 from pathlib import Path
 
 import numpy as np
@@ -132,6 +133,8 @@ def draw(runs, output, x="step"):
         for name, title in PANELS.items():
             axes[name].set_title(title)
         for (label, rows), color in zip(runs.items(), itertools.cycle(COLORS)):
+            label = label.encode(errors="backslashreplace").decode()  # (it can be no UTF-8)
+            label = re.sub("^_", "./_", label)  # or the legend leaves it out
             rows = [{**row, "seconds": row["seconds"] / seconds} for row in rows]
             if len(runs) == 1:
                 draw_run(axes, "", rows, AXES[x], color, "#111827")

@@ -72,7 +72,7 @@ def main(argv=None):
         if not re.fullmatch(HUB_NAME, name) or Path(name).parent.exists():
             parser.error(f"{name}: no such folder")
     if len(sources) + len(models) < len(names) or "tools" in sources:
-        parser.error("name folders, each with a name of its own")
+        parser.error("name folders, each with a name of its own (and none tools)")
     for name in sources.values():
         if not Path(name, "config.json").exists() and not checkpoints(name):
             parser.error(f"{name}: holds no model")
