@@ -28,8 +28,8 @@ def parse_args(argv):
     add = parser.add_argument
     add("--prompt", type=utf8, default="\n",
         help="text to continue; - reads standard input [a line break]")
-    add("--checkpoint", type=prepare.typed_path, default="out", help="a file, an out_dir (its "
-        "newest), best, OUT_DIR/best, a folder in Hugging Face's format, or a hub name [out]")
+    add("--checkpoint", type=prepare.typed_path, default="out",
+        help="a file, out_dir (newest), best, OUT_DIR/best, an exported folder, a hub name [out]")
     add("--temperature", type=number(float, 0, 1e6), default=0.8,
         help="below 1 likelier, above 1 wilder tokens; 0: always the likeliest [0.8]")
     add("--top_k", type=number(int, 0), default=50, help="of the k likeliest; 0: all [50]")
@@ -106,8 +106,8 @@ def write(model, tokenizer, eos, prompt, num_samples, max_new_tokens, stop, seed
     tokens = generate(model, idx, max_new_tokens, worth_compiling(device, max_new_tokens),
                       generator=torch.Generator(device).manual_seed(seed), **sampling)
     rows = tee(map(torch.Tensor.tolist, tokens), num_samples)  # all ids of each step, for each text
-    texts = [stream(map(itemgetter(i), rows[i]), tokenizer, eos, ids, stop)
-             for i in range(num_samples)]
+    texts = [stream(map(itemgetter(i), row), tokenizer, eos, ids, stop)
+             for i, row in enumerate(rows)]
     yield from zip_longest(*texts, fillvalue="")
 
 

@@ -278,8 +278,8 @@ def train_step(run, batch):
     # In fp16 a gradient that overflows is no failure: the step is skipped, the scale lowered. (The
     # scale is 1 where no fp16 is.)
     if not math.isfinite(loss) or not (math.isfinite(norm) or run.scaler.get_scale() > 1):
-        raise FloatingPointError(f"step {run.step + 1}: loss {loss}, gradient norm {norm}; try a "
-                                 "lower --learning_rate")
+        raise FloatingPointError(
+            f"step {run.step + 1}: loss {loss}, gradient norm {norm}; try a lower --learning_rate")
     if run.spelling:  # (the norm is that of before)
         share_gradient(run.model.lm_head.weight.grad, *run.spelling)
     for optimizer in run.optimizers.values():
@@ -402,11 +402,12 @@ class Run:
         old = state["config"] | state["machine"] | state["data"]
         new = asdict(self.config) | self.machine | self.data.fingerprint
         changed = {name for name in new if old.get(name) != new[name]}
-        folder = self.config.data_dir
         if "tokenizer" in changed:
-            fail(f"{folder} has another tokenizer than the run: restore it, or use a new --out_dir")
+            fail(f"{self.config.data_dir} has another tokenizer than the run: restore it, or use a "
+                 "new --out_dir")
         if changed & {"train", "val"} and "data_dir" not in changed:
-            fail(f"{folder} holds other data than before: restore them, or use another --data_dir")
+            fail(f"{self.config.data_dir} holds other data than before: restore them, or use "
+                 "another --data_dir")
         changes = [f"{name} {old.get(name)} → {new[name]}" for name in sorted(changed - FREE)]
         if changes:
             show(f"no longer the same run to the bit, since these differ: {', '.join(changes)}")
@@ -571,8 +572,8 @@ def load_checkpoint(source, **kwargs):
             source = source.with_name(f"step_{state['best']['step']:06d}.pt")
     paths = checkpoints(source)[::-1] or [source]
     if not paths[0].is_file():
-        raise ValueError(f"no checkpoint {source}: name another, or begin by python train.py "
-                         "config/smollm2.py")
+        raise ValueError(
+            f"no checkpoint {source}: name another, or begin by python train.py config/smollm2.py")
     for path in paths:
         try:
             return path, read_checkpoint(path, **kwargs)
@@ -858,9 +859,9 @@ def set_up_folder(run, lock):
     for path in saved[kept:]:
         path.rename(f"{path}.{time.time_ns()}.superseded")  # (nor does one replace another)
     facts = {"command": shlex.join(sys.argv), "config": asdict(config),
-             "torch": torch.__version__, "python": sys.version,
-             "git": subprocess.getoutput(f"git -C {shlex.quote(str(Path(__file__).parent))} "
-                                         f"rev-parse HEAD 2>{os.devnull}")}  # "" without git
+             **run.machine, "python": sys.version,
+             "git": subprocess.getoutput(  # "" without git
+                 f"git -C {shlex.quote(str(Path(__file__).parent))} rev-parse HEAD 2>{os.devnull}")}
     (run.out / "run.json").write_text(json.dumps(facts, indent=2))
     (run.out / "tokenizer").mkdir(exist_ok=True)
     for file in (data.folder / "tokenizer").glob("*.*"):  # (without rights: it may be another's)

@@ -353,8 +353,10 @@ def test_what_differs_is_refused_by_name_in_one_line(change, named, tmp_path):
 
 
 def test_bf16_is_picked_where_the_machine_has_it_and_each_process_has_its_own_gpu(monkeypatch):
-    for native, dtype in (True, torch.bfloat16), (False, torch.float32):
-        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": native})
+    bf16, intel = {"avx512_bf16": True}, {"avx512_bf16": True, "cpu_name": "Intel Xeon"}
+    for has, dtype in ((bf16, torch.bfloat16), (intel | {"amx_bf16": True}, torch.bfloat16),
+                       ({"avx512_bf16": False}, torch.float32), (intel, torch.float32)):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: has)
         assert M.pick_device("cpu")[:2] == (torch.device("cpu"), dtype)
         assert M.pick_device("cpu", decoding=True)[1] == torch.bfloat16  # but a prompt is read as
         with patch.object(M, "attention", wraps=M.attention) as attention:
@@ -377,7 +379,6 @@ def test_a_compiler_that_does_not_work_is_a_reason_in_one_line_and_no_error(monk
     assert M.compiler_problem.__wrapped__(cpu) is None  # (of what is right: vectors of 256 bits)
     assert torch.compile.call_count == 2
     M.compiler_problem.cache_clear()  # the next one who asks sets the compiler up again
-    monkeypatch.setattr(M, "compiler_problem", lambda device: "none")
-    assert not M.worth_compiling(cpu, 5000)
-    monkeypatch.setattr(M, "compiler_problem", lambda device: None)
-    assert [M.worth_compiling(cpu, n) for n in (10, 5000)] == [False, True]
+    for problem, worth in ("none", [False, False]), (None, [False, True]):
+        monkeypatch.setattr(M, "compiler_problem", lambda device: problem)
+        assert [M.worth_compiling(cpu, n) for n in (10, 5000)] == worth
