@@ -69,8 +69,8 @@ class Linear(nn.Module):
 
 def linears(x, *layers):
     """The outputs of several layers on one x (B, T, in_features): for Linears one product."""
-    others = [layer for layer in layers if type(layer) is not Linear]  # an adapter, a quantized one
-    if others or x.size(1) == 1:  # decoding: a concatenation would copy the weights at each token
+    # Decoding, where a concatenation would copy the weights at each token; adapters, quantized ones
+    if x.size(1) == 1 or any(type(layer) is not Linear for layer in layers):
         return [layer(x) for layer in layers]
     # Compiled in bf16, torch.cat is fused with the cast of the weights: it is free.
     weight = torch.cat([layer.weight for layer in layers])
@@ -277,8 +277,8 @@ class SmolLM2(nn.Module):
         x = self.run_layers(self.embed(idx), rotary)
         if targets is None:
             return self.lm_head(x), None
-        x, weight = x.flatten(0, 1), self.lm_head.weight
-        return None, LinearCrossEntropy.apply(x, weight, targets.flatten(), self.loss_kernel)
+        return None, LinearCrossEntropy.apply(x.flatten(0, 1), self.lm_head.weight,
+                                              targets.flatten(), self.loss_kernel)
 
     def embed(self, idx):
         """The residual stream's start, (B, T, hidden_size); under autocast in half the bytes."""
@@ -327,7 +327,7 @@ def sample_token(logits, temperature=1.0, top_k=0, top_p=1.0, generator=None):
     top_k: among the k likeliest (0: all). top_p: among the likeliest that together have this
     probability (Holtzman et al. 2020, arXiv:1904.09751)."""
     logits = logits.float()
-    if temperature == 0:
+    if temperature < 1e-30:  # what fp32 divides by
         return logits.argmax(-1)
     V = logits.size(1)
     logits, ids = logits.topk(min(top_k or V, V))  # sorted, the likeliest first
@@ -446,10 +446,12 @@ def from_pretrained(source):
 def cpu_has_bf16():
     """Whether the processor multiplies faster in bf16 than in fp32.
 
-    Emulated, it takes several times as long; by Intel's AVX-512, where AMX is missing, twice."""
+    Emulated, it takes several times as long; by Intel's AVX-512, where AMX is missing, twice.
+    Apple's have bf16, and torch there no oneDNN that would use it."""
     has = torch.cpu.get_capabilities()
     slow = "Intel" in repr(has) and "avx512_bf16"
-    return any(has[name] for name in has if "bf16" in name and name != slow)
+    return torch.backends.mkldnn.is_available() and any(
+        has[name] for name in has if "bf16" in name and name != slow)
 
 
 def pick_device(device="auto", dtype="auto", decoding=False):
@@ -482,6 +484,8 @@ def compiler_problem(device):
     """Why compiling does not work on this device, in one line; None if it does."""
     from torch._inductor import config
     x = torch.eye(64, device=device)
+    if x.is_mps:
+        return "a prototype on MPS"
     inputs = x.half().t(), *x.chunk(2, 1)
     config.cpp.vec_isa_ok = True  # trust the processor: trying each instruction set takes seconds
     for bits in None, 256:  # None: the widest; in 512, g++ 12 errs for processors it does not know
@@ -493,7 +497,7 @@ def compiler_problem(device):
                 torch.testing.assert_close(rotated, apply_rotary(*inputs))
             return None
         except Exception as e:  # without a compiler, all still works
-            problem = f"{type(e).__name__}: {' '.join(str(e).split()):.80}"
+            problem = f"{type(e).__name__}: {' '.join(str(e).split('Output:')[-1].split()):.80}"
     return problem
 
 
@@ -505,7 +509,8 @@ def worth_compiling(device, max_new_tokens):
 
 def is_out_of_memory(error):
     """Whether an error says that memory ran out; on a CPU it is a RuntimeError."""
-    return isinstance(error, MemoryError) or re.search("(?i)alloc|out of memory", str(error))
+    return isinstance(error, MemoryError) or re.search(
+        "(?i)allocate memory|bad_alloc|out of memory", str(error))
 
 
 def keep_freed_memory():

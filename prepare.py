@@ -15,7 +15,6 @@ if sys.version_info < (3, 11):
 
 import argparse
 import codecs
-import errno
 import hashlib
 import json
 import os
@@ -24,7 +23,6 @@ import shlex
 import shutil
 import signal
 import time
-import urllib.request
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -125,9 +123,10 @@ def choose_text(path):
     """A file's text and name; for URL, Tiny Shakespeare or what stands in for it."""
     if path != URL:
         return decode_text(path, Path(path).read_bytes()), Path(path).name
+    from huggingface_hub import get_session
     for attempt in 1, 2, 3:
         try:
-            content = urllib.request.urlopen(URL, timeout=10).read()
+            content = get_session().get(URL, timeout=10).content
             if hashlib.sha256(content).hexdigest() != SHA256:  # an error page never becomes data
                 raise ValueError(f"what came is something else: {content[:40]!r}")
             return content.decode(), f"Tiny Shakespeare ({URL})"
@@ -262,8 +261,8 @@ def fsync(path):
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
-    except OSError as e:
-        if e.errno != errno.EINVAL or path.is_file():  # (some file systems flush no folders)
+    except OSError:
+        if path.is_file():  # (some file systems flush no folders)
             raise
     os.close(handle)
 

@@ -210,8 +210,8 @@ def spelling(tokenizer, V, device):
     for i in range(V):
         token = tokenizer.id_to_token(i) or ""  # "Ġ" is a space
         shape = re.sub("[a-z]", "x", re.sub("[A-Z]", "X", token))
-        features = shape, *re.findall("(?=(...))", f"^{token.lower()}$")  # ("xxx" can be both)
-        pairs += [(i, ids.setdefault(feature, len(ids))) for feature in features]
+        pairs += [(i, ids.setdefault(feature, len(ids)))  # ("xxx" can be both)
+                  for feature in (shape, *re.findall("(?=(...))", f"^{token.lower()}$"))]
     tokens, features = torch.tensor(pairs, device=device).T
     for bags, members in (features, tokens), (tokens, features):
         bags, order = bags.sort(stable=True)  # (none is empty: each token has a shape)
@@ -417,7 +417,8 @@ class Run:
         for name, optimizer in self.optimizers.items():
             groups = optimizer.state_dict()["param_groups"]
             optimizer.load_state_dict(state[name])  # raises where other parameters are grouped
-            optimizer.load_state_dict(optimizer.state_dict() | {"param_groups": groups})
+            if changes:  # (else what an optimizer counts in a group stays)
+                optimizer.load_state_dict(optimizer.state_dict() | {"param_groups": groups})
         if state["scaler"]:  # fp16 was used
             self.scaler.load_state_dict(state["scaler"])
         if len(state["rng"]) == WORLD_SIZE:
@@ -444,8 +445,8 @@ def write_sample(run):
     prompt = on_device(run.data.val[:16], run)[None]  # (1, T)
     run.model.eval()
     with run.autocast:
-        new = generate(run.model, prompt, 100, temperature=0.8, top_k=50, generator=generator)
-        ids = torch.cat([prompt[0], *new])
+        ids = torch.cat([prompt[0], *generate(run.model, prompt, 100, temperature=0.8, top_k=50,
+                                              generator=generator)])
     text = run.data.tokenizer.decode(ids.tolist(), skip_special_tokens=False)
     path = run.out / "samples" / f"step_{run.step:06d}.txt"
     path.parent.mkdir(exist_ok=True)
@@ -596,7 +597,8 @@ def rng_state():
     """The states of all random generators of this process, as tensors and plain values."""
     name, keys, *rest = np.random.get_state()
     return {"python": random.getstate(), "numpy": (name, keys.tolist(), *rest),
-            "torch": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all()}
+            "torch": torch.get_rng_state(),
+            "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []}
 
 
 def set_rng_state(state):
@@ -858,11 +860,11 @@ def set_up_folder(run, lock):
     lock.acquire()  # (makes the folder)
     for path in saved[kept:]:
         path.rename(f"{path}.{time.time_ns()}.superseded")  # (nor does one replace another)
-    facts = {"command": shlex.join(sys.argv), "config": asdict(config),
-             **run.machine, "python": sys.version,
-             "git": subprocess.getoutput(  # "" without git
-                 f"git -C {shlex.quote(str(Path(__file__).parent))} rev-parse HEAD 2>{os.devnull}")}
-    (run.out / "run.json").write_text(json.dumps(facts, indent=2))
+    (run.out / "run.json").write_text(json.dumps({
+        "command": shlex.join(sys.argv), "config": asdict(config),
+        "git": subprocess.getoutput(  # "" without git
+            f"git -C {shlex.quote(str(Path(__file__).parent))} rev-parse HEAD 2>{os.devnull}"),
+        **run.machine, "python": sys.version}, indent=2))
     (run.out / "tokenizer").mkdir(exist_ok=True)
     for file in (data.folder / "tokenizer").glob("*.*"):  # (without rights: it may be another's)
         shutil.copyfile(file, run.out / "tokenizer" / file.name)

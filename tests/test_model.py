@@ -354,14 +354,17 @@ def test_what_differs_is_refused_by_name_in_one_line(change, named, tmp_path):
 
 def test_bf16_is_picked_where_the_machine_has_it_and_each_process_has_its_own_gpu(monkeypatch):
     bf16, intel = {"avx512_bf16": True}, {"avx512_bf16": True, "cpu_name": "Intel Xeon"}
-    for has, dtype in ((bf16, torch.bfloat16), (intel | {"amx_bf16": True}, torch.bfloat16),
-                       ({"avx512_bf16": False}, torch.float32), (intel, torch.float32)):
+    for has, dtype in ((intel, torch.float32), (intel | {"amx_bf16": True}, torch.bfloat16),
+                       ({"avx512_bf16": False}, torch.float32), (bf16, torch.bfloat16)):
         monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: has)
         assert M.pick_device("cpu")[:2] == (torch.device("cpu"), dtype)
         assert M.pick_device("cpu", decoding=True)[1] == torch.bfloat16  # but a prompt is read as
         with patch.object(M, "attention", wraps=M.attention) as attention:
             next(generate(small().bfloat16(), some_ids(1, 9), 1))
         assert attention.call_args.args[0].dtype == dtype
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)  # as on a Mac
+    monkeypatch.setattr(torch.cuda, "get_rng_state_all", None)  # a GPU that breaks is not asked
+    assert M.pick_device("cpu")[1] == torch.float32 and train.rng_state()["cuda"] == []
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     monkeypatch.setattr(torch, "zeros", lambda *_, device: None)  # which would ask for the GPU
@@ -371,8 +374,14 @@ def test_bf16_is_picked_where_the_machine_has_it_and_each_process_has_its_own_gp
     assert M.pick_device("cuda", "float32")[:2] == (torch.device("cuda:3"), torch.float32)
 
 
+def test_memory_that_ran_out_is_told_from_other_errors():
+    with pytest.raises(RuntimeError, check=M.is_out_of_memory):
+        torch.empty(10**15)
+    assert not M.is_out_of_memory(RuntimeError("System call (e.g. socket, malloc) failed"))
+
+
 def test_a_compiler_that_does_not_work_is_a_reason_in_one_line_and_no_error(monkeypatch):
-    cpu, error = torch.device("cpu"), RuntimeError("no\ncompiler " + "x" * 500)
+    cpu, error = torch.device("cpu"), RuntimeError("Command:\nOutput:\nno\ncompiler " + "x" * 500)
     monkeypatch.setattr(torch, "compile", Mock(side_effect=error))
     assert M.compiler_problem.__wrapped__(cpu) == f"RuntimeError: no compiler {'x' * 68}"
     monkeypatch.setattr(torch, "compile", Mock(side_effect=[lambda x, *_: x + 1, M.apply_rotary]))

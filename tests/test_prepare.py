@@ -2,7 +2,6 @@
 import ast
 import gzip
 import hashlib
-import io
 import json
 import os
 import random
@@ -13,6 +12,7 @@ import shutil
 import signal
 from functools import partial
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 from filelock import FileLock
@@ -71,7 +71,8 @@ def test_default_text_comes_from_its_address_tokenizer_from_cache(real_data, dat
     revision = prepare.TOKENIZER.partition("@")[2]
     shutil.copytree(real_data / "tokenizer", model / "snapshots" / revision)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(Path("hub").absolute()))
-    monkeypatch.setattr("urllib.request.urlopen", lambda url, timeout: io.BytesIO(content))
+    session = Mock(**{"return_value.get.return_value.content": content})
+    monkeypatch.setattr("huggingface_hub.get_session", session)
     done = run_main(prepare.main)
     assert done.code == 0 and "STAND-IN" not in done.err and "305,111" in done.out
     assert prepare.Data("data/shakespeare").fingerprint == prepare.Data(data_dir).fingerprint
@@ -152,7 +153,8 @@ def test_without_a_network_the_stand_in_is_made_announced_and_the_same_each_time
 
 
 def test_an_error_page_is_no_data_and_a_stand_in_never_replaces_real_data(run, monkeypatch):
-    monkeypatch.setattr("urllib.request.urlopen", lambda url, timeout: io.BytesIO(b"<html>404"))
+    session = Mock(**{"return_value.get.return_value.content": b"<html>404"})
+    monkeypatch.setattr("huggingface_hub.get_session", session)
     done = run()
     assert done.code == 0 and "STAND-IN" in done.err and "html" not in texts_of()[0][:100]
     assert prepare.Data("data/shakespeare").meta["stand_in"] == "text"

@@ -246,17 +246,22 @@ def test_weight_decay_is_on_matrices_only_and_the_optimizer_has_every_parameter(
         assert in_muon == {id(p) for p in run.model.model.layers.parameters() if p.dim() == 2}
 
 
-def test_a_parameter_group_keeps_a_rate_of_its_own(tiny, monkeypatch):
+def test_a_parameter_group_keeps_a_rate_of_its_own_and_what_it_counts(tiny, monkeypatch):
     real = train.make_optimizers
     def make_optimizers(*args):
         optimizers = real(*args)
-        optimizers["optimizer"].param_groups[1]["lr"] = 0.0  # the norms'
+        matrices, norms = optimizers["optimizer"].param_groups
+        norms["lr"] = matrices["count"] = 0
+        optimizers["optimizer"].register_step_post_hook(count)
         return optimizers
+    def count(optimizer, *_):
+        optimizer.param_groups[0]["count"] += 1
     monkeypatch.setattr(train, "make_optimizers", make_optimizers)
     for steps in (2, 4):
         assert tiny("--resume=auto", max_steps=steps).code == 0
-        weights = train.read_checkpoint(f"out/step_00000{steps}.pt")["model"]
-        assert all((weight == 1).all() == ("norm" in name) for name, weight in weights.items())
+        state = train.read_checkpoint(f"out/step_00000{steps}.pt")
+        assert all((p == 1).all() == ("norm" in name) for name, p in state["model"].items())
+        assert state["optimizer"]["param_groups"][0]["count"] == steps
     monkeypatch.setattr(train, "make_optimizers", lambda model, *_: {
         "optimizer": torch.optim.AdamW(model.parameters())})  # all in one group
     refused(tiny("--resume", max_steps=6), "parameter groups", code=1)
