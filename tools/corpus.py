@@ -216,9 +216,9 @@ def check_sides(counts, args):
     if documents == 1:
         raise ValueError("this is one document, and whole ones are held out; for one text, whose "
                          "end is held out: python prepare.py --input FILE")
-    if not train or not val:
-        raise ValueError(f"the hashes of all {documents:,} documents put them on one side; give "
-                         "more documents, cut them smaller, or take another --val_fraction")
+    if min(train, val) < 2:
+        raise ValueError(f"the hashes of {documents:,} documents leave {min(train, val)} tokens on "
+                         "one side; give more, cut them smaller, or take another --val_fraction")
     share = val / (train + val)
     is_near = args.val_fraction / 2 <= share <= args.val_fraction * 2
     if not is_near or 1 - share < (1 - args.val_fraction) / 2:
