@@ -94,8 +94,7 @@ def rotary_table(T, config, device):
         raise ValueError(f"{T} tokens exceed the {config.max_position_embeddings} positions of "
                          "max_position_embeddings: shorten the prompt, or ask for fewer new ones")
     exponents = torch.arange(0.0, config.head_dim, 2, device=device) / config.head_dim
-    positions = torch.arange(0.0, T, device=device)
-    angles = torch.outer(positions, 1.0 / config.rope_theta**exponents)  # (T, D / 2)
+    angles = torch.outer(torch.arange(0.0, T, device=device), 1.0 / config.rope_theta**exponents)
     return angles.cos(), angles.sin()
 
 
@@ -136,8 +135,8 @@ def cpu_attention(q, k, v):
 
     q, outputs = q.unflatten(1, (k.size(1), -1)), []  # (B, H_kv, G, T, D): G heads share a key head
     for i in range(0, T, C):
-        block = q[:, :, :, i:i + C], k[:, :, :i + C], v[:, :, :i + C]
-        outputs.append(checkpoint(attend, *block, i, use_reentrant=False))
+        outputs.append(checkpoint(attend, q[:, :, :, i:i + C], k[:, :, :i + C], v[:, :, :i + C], i,
+                                  use_reentrant=False))
     return torch.cat(outputs, 3).flatten(1, 2)
 
 

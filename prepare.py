@@ -157,8 +157,7 @@ def hub_folder(name):
     """The folder of the hub's cache with the tokenizer of NAME or NAME@REVISION; never code."""
     from huggingface_hub import snapshot_download
     name, _, revision = name.partition("@")
-    return snapshot_download(name, revision=revision or None,
-                             allow_patterns=["tokenizer_config.json", "tokenizer.json"])
+    return snapshot_download(name, revision=revision or None, allow_patterns=["tokenizer*.json"])
 
 
 def stand_in_tokenizer(folder):

@@ -78,7 +78,7 @@ class TrainConfig(RunControl, SmolLM2Config):
     warmup_steps: int = key(100, "steps of linear warm-up")
     lr_decay_steps: int = key(0, "step at which the decay ends (0: max_steps)")
     weight_decay: float = key(0.1, "on matrices, not on norms")
-    beta1: float = key(0.9, "of AdamW: decay of the gradient's running mean")
+    beta1: float = key(0.9, "decay of the gradient's running mean: Muon's momentum, too")
     beta2: float = key(0.95, "of AdamW: decay of its square's running mean")
     grad_clip: float = key(1.0, "largest norm of the gradient (0: no clipping)")
     share_spelling: bool = key(False, "tokens learn from those alike in letters or capitals, too")
@@ -171,14 +171,14 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self):
         for group in self.param_groups:
-            params, lr = group["params"], group["lr"]
+            params, lr, part = group["params"], group["lr"], 1 - group["beta1"]
             grad = torch.stack([p.grad for p in params])
             state = self.state[params[0]]
             if not state:
                 state["momentum"] = torch.zeros_like(grad)
-            momentum = state["momentum"].lerp_(grad, 0.05)
+            momentum = state["momentum"].lerp_(grad, part)
             # Nesterov: as this gradient, once more, would leave the momentum
-            update = orthogonal(momentum.lerp(grad, 0.05), group["dtype"])
+            update = orthogonal(momentum.lerp(grad, part), group["dtype"])
             _, rows, columns = update.shape
             torch._foreach_mul_(params, 1 - lr * group["weight_decay"])
             # A tall update has columns of norm one: this brings its rows there.
@@ -193,7 +193,8 @@ def make_optimizers(model, config, dtype):
         alike = zip(*[layer.parameters() for layer in model.model.layers])
         groups = [{"params": params} for params in alike if params[0].dim() == 2]
         optimizers["muon"] = Muon(groups, {"lr": config.muon_learning_rate, "dtype": dtype,
-                                           "weight_decay": config.weight_decay})
+                                           "weight_decay": config.weight_decay,
+                                           "beta1": config.beta1})
         taken = {p for group in groups for p in group["params"]}
         matrices = [p for p in matrices if p not in taken]  # the embedding, and what else there is
     groups = [{"params": matrices, "weight_decay": config.weight_decay},
@@ -403,11 +404,9 @@ class Run:
         new = asdict(self.config) | self.machine | self.data.fingerprint
         changed = {name for name in new if old.get(name) != new[name]}
         if "tokenizer" in changed:
-            fail(f"{self.config.data_dir} has another tokenizer than the run: restore it, or use a "
-                 "new --out_dir")
+            fail(f"{self.config.data_dir} has another tokenizer: restore it or use a new --out_dir")
         if changed & {"train", "val"} and "data_dir" not in changed:
-            fail(f"{self.config.data_dir} holds other data than before: restore them, or use "
-                 "another --data_dir")
+            fail(f"{self.config.data_dir} holds other data: restore them or use another --data_dir")
         changes = [f"{name} {old.get(name)} → {new[name]}" for name in sorted(changed - FREE)]
         if changes:
             show(f"no longer the same run to the bit, since these differ: {', '.join(changes)}")
@@ -477,7 +476,7 @@ def log_step(run, row, bar):
              f"{math.exp(min(loss, 99)):.2f}; best {run.best['val_loss']:.4f} at step "
              f"{run.best['step']}{note}")
     text = f"loss {row['loss']:.4f}, {row['tokens_per_sec']:,.0f} tok/s"
-    bar.set_postfix_str(text, refresh=False)
+    bar.set_postfix_str(text)
     bar.update()
     if bar.disable and (run.step == 1 or run.is_due(run.config.log_interval)):
         if run.step > 1:  # (the first one compiles, and tells nothing of the rest)
