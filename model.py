@@ -464,7 +464,7 @@ def pick_device(device="auto", dtype="auto", decoding=False):
     if device == "cuda":
         device = "cuda:" + os.environ.get("LOCAL_RANK", "0")
     try:
-        torch.zeros(1, device=device)
+        torch.zeros(1, device=device).item()
     except Exception as e:
         raise ValueError(f"device = {device!r} is not available here: {e}")
     device = torch.device(device)
@@ -502,7 +502,7 @@ def compiler_problem(device):
 
 def worth_compiling(device, max_new_tokens):
     """True where so many tokens win back the seconds that generate(compile=True) takes first."""
-    enough = {"cpu": 100, "cuda": 1000}.get(device.type, math.inf)
+    enough = 100 if device.type == "cpu" else 1000
     return max_new_tokens >= enough and compiler_problem(device) is None
 
 

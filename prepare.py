@@ -49,7 +49,8 @@ FILES = {"train": "train.bin", "val": "val.bin", "tokenizer": "tokenizer/tokeniz
 
 class Data:
     """A prepared folder: train and val (uint16 ids, on disk), tokenizer, meta (what meta.json
-    says), and fingerprint, which tells data from other data, under any name.
+    says; train.py wants source, stand_in, vocab_size, val_tokens and val_bytes of it), and
+    fingerprint, which tells data from other data, under any name.
 
     Raises FileNotFoundError where nothing is prepared, ValueError where something was changed."""
 
@@ -282,8 +283,8 @@ def replacing(out_dir):
         if old.exists() and not out_dir.exists():  # killed between the two renames
             old.rename(out_dir)
         names = set(os.listdir(out_dir)) if out_dir.exists() else set()
-        if "tokenizer" in names:  # (what prepare.py made may be replaced)
-            names -= {"train.bin", "val.bin", "meta.json", "tokenizer"}
+        if "tokenizer" in names:  # (what prepare.py made may be replaced; the last is Finder's)
+            names -= {"train.bin", "val.bin", "meta.json", "tokenizer", ".DS_Store"}
         if names:
             raise ValueError(f"--out_dir {out_dir}: holds {min(names)}; name a new folder")
         for rest in new, old:

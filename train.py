@@ -171,9 +171,9 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self):
         for group in self.param_groups:
-            params, lr, part = group["params"], group["lr"], 1 - group["beta1"]
+            params, lr, part = group["params"], group["lr"], 1 - group.get("beta1", 0.95)
             grad = torch.stack([p.grad for p in params])
-            state = self.state[params[0]]
+            state = self.state[params[0]]  # (0.95: a checkpoint of before has no beta1 in it)
             if not state:
                 state["momentum"] = torch.zeros_like(grad)
             momentum = state["momentum"].lerp_(grad, part)
@@ -704,7 +704,8 @@ def parse_args(argv):
     for f in KEYS.values():
         choices = (True, False) if f.type is bool else f.metadata.get("choices")
         add(f"--{f.name}", type=READERS[f.type], default=argparse.SUPPRESS, choices=choices,
-            metavar=f.type.__name__.upper(), help=f"{f.metadata['help']} [{f.default}]")
+            metavar=f.type.__name__.upper(),
+            help=f"{f.metadata['help'].replace('%', '%%')} [{f.default}]")
     args, _ = parser.parse_known_args(argv)  # finds the recipe
     args, rest = parser.parse_known_args(args.recipe + argv)  # later words win
     if rest:

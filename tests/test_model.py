@@ -367,7 +367,7 @@ def test_bf16_is_picked_where_the_machine_has_it_and_each_process_has_its_own_gp
     assert M.pick_device("cpu")[1] == torch.float32 and train.rng_state()["cuda"] == []
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    monkeypatch.setattr(torch, "zeros", lambda *_, device: None)  # which would ask for the GPU
+    monkeypatch.setattr(torch, "zeros", Mock())  # which would ask for the GPU
     for capability, dtype in ((7, 5), torch.float16), ((8, 0), torch.bfloat16):
         assert M.pick_device()[:2] == (torch.device("cuda:0"), dtype)
     monkeypatch.setenv("LOCAL_RANK", "3")
