@@ -91,7 +91,7 @@ def rotary_table(T, config, device):
 
     Raises ValueError for more positions than the model has."""
     if T > config.max_position_embeddings:
-        raise ValueError(f"{T} tokens exceed the {config.max_position_embeddings} positions of "
+        raise ValueError(f"{T} tokens do not fit the {config.max_position_embeddings} positions of "
                          "max_position_embeddings: shorten the prompt, or ask for fewer new ones")
     exponents = torch.arange(0.0, config.head_dim, 2, device=device) / config.head_dim
     angles = torch.outer(torch.arange(0.0, T, device=device), 1.0 / config.rope_theta**exponents)
