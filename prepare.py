@@ -22,7 +22,6 @@ import re
 import shlex
 import shutil
 import signal
-import time
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -124,16 +123,14 @@ def choose_text(path):
     """A file's text and name; for URL, Tiny Shakespeare or what stands in for it."""
     if path != URL:
         return decode_text(path, Path(path).read_bytes()), Path(path).name
-    from huggingface_hub import get_session
-    for attempt in 1, 2, 3:
-        try:
-            content = get_session().get(URL, timeout=10).content
-            if hashlib.sha256(content).hexdigest() != SHA256:  # an error page never becomes data
-                raise ValueError(f"what came is something else: {content[:40]!r}")
-            return content.decode(), f"Tiny Shakespeare ({URL})"
-        except Exception as error:  # refused, timed out, ...
-            log(f"Tiny Shakespeare, try {attempt} of 3: {first_line(error)}")
-            time.sleep(1)
+    from huggingface_hub.utils import http_backoff
+    try:
+        content = http_backoff("GET", URL, timeout=10, max_retries=2).content
+        if hashlib.sha256(content).hexdigest() != SHA256:  # an error page never becomes data
+            raise ValueError(f"what came is something else: {content[:40]!r}")
+        return content.decode(), f"Tiny Shakespeare ({URL})"
+    except Exception as error:  # refused, timed out, ...
+        log(f"Tiny Shakespeare: {first_line(error)}")
     return stand_in_text(), "stand-in: Python's language reference (pydoc_data.topics)"
 
 
@@ -283,8 +280,8 @@ def replacing(out_dir):
         if old.exists() and not out_dir.exists():  # killed between the two renames
             old.rename(out_dir)
         names = set(os.listdir(out_dir)) if out_dir.exists() else set()
-        if "tokenizer" in names:  # (what prepare.py made may be replaced; the last is Finder's)
-            names -= {"train.bin", "val.bin", "meta.json", "tokenizer", ".DS_Store"}
+        if {"tokenizer", "meta.json"} <= names:  # what prepare.py made may be replaced
+            names -= {"train.bin", "val.bin", "meta.json", "tokenizer", ".DS_Store"}  # (Finder's)
         if names:
             raise ValueError(f"--out_dir {out_dir}: holds {min(names)}; name a new folder")
         for rest in new, old:

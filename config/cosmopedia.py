@@ -2,7 +2,8 @@
 
     pip install -r tools/requirements.txt
     python -m tools.corpus --dataset HuggingFaceTB/smollm-corpus:cosmopedia-v2 \
-        --max_tokens 2_000_000_000 --val_fraction 0.005 --out_dir data/cosmopedia
+        --max_tokens 2_000_000_000 --val_fraction 0.0005 --allow_unrepresentable \
+        --out_dir data/cosmopedia
     torchrun --standalone --nproc_per_node=8 train.py config/cosmopedia.py --resume=auto
 """
 out_dir = "out-cosmopedia"

@@ -12,7 +12,7 @@ import shutil
 import signal
 from functools import partial
 from pathlib import Path
-from unittest.mock import Mock
+from unittest.mock import ANY, Mock
 
 import pytest
 from filelock import FileLock
@@ -24,9 +24,8 @@ from tools import corpus
 
 
 @pytest.fixture
-def run(stand_in, monkeypatch):
+def run(stand_in):
     """run(*argv, **keys): prepare.py in this process, with the stand-in tokenizer; later win."""
-    monkeypatch.setattr(prepare.time, "sleep", lambda seconds: None)
     return partial(run_main, prepare.main, "--tokenizer", stand_in)
 
 
@@ -71,8 +70,8 @@ def test_default_text_comes_from_its_address_tokenizer_from_cache(real_data, dat
     revision = prepare.TOKENIZER.partition("@")[2]
     shutil.copytree(real_data / "tokenizer", model / "snapshots" / revision)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(Path("hub").absolute()))
-    session = Mock(**{"return_value.get.return_value.content": content})
-    monkeypatch.setattr("huggingface_hub.get_session", session)
+    get = Mock(**{"return_value.content": content})
+    monkeypatch.setattr("huggingface_hub.utils.http_backoff", get)
     done = run_main(prepare.main)
     assert done.code == 0 and "STAND-IN" not in done.err and "305,111" in done.out
     assert prepare.Data("data/shakespeare").fingerprint == prepare.Data(data_dir).fingerprint
@@ -153,8 +152,8 @@ def test_without_a_network_the_stand_in_is_made_announced_and_the_same_each_time
 
 
 def test_an_error_page_is_no_data_and_a_stand_in_never_replaces_real_data(run, monkeypatch):
-    session = Mock(**{"return_value.get.return_value.content": b"<html>404"})
-    monkeypatch.setattr("huggingface_hub.get_session", session)
+    get = Mock(**{"return_value.content": b"<html>404"})
+    monkeypatch.setattr("huggingface_hub.utils.http_backoff", get)
     done = run()
     assert done.code == 0 and "STAND-IN" in done.err and "html" not in texts_of()[0][:100]
     assert prepare.Data("data/shakespeare").meta["stand_in"] == "text"
@@ -337,20 +336,25 @@ def test_every_kind_of_file_is_read_and_each_file_counts_once(many):
     assert "notes" not in meta and str(Path.cwd()) not in meta
 
 
-def test_every_reader_gives_the_same_and_hardly_anything_past_max_tokens_is_read(many, monkeypatch):
+def test_every_reader_gives_the_same_and_hardly_anything_past_max_tokens_is_read(
+        many, stand_in, monkeypatch):
     texts, seen = documents(200), []
     for path in (jsonl("docs.jsonl", texts, "body"), parquet("docs.parquet", texts, "body")):
         assert many("--input", path, "--column", "body").code == 0
         seen.append(written())
     assert seen[0] == seen[1]
     rest = iter(texts)
-    monkeypatch.setattr(corpus, "open_stream", lambda *_, **__: ({"text": t} for t in rest))
-    assert many("--dataset", "a/hub:name", "--max_tokens", 3000).code == 0
+    opened = Mock(side_effect=lambda *_, **__: ({"text": t} for t in rest))
+    monkeypatch.setattr(corpus, "open_stream", opened)
+    assert many("--dataset", "a/hub@v1:name", "--max_tokens", 3000).code == 0
+    opened.assert_called_once_with(ANY, "a/hub", "name", split="train", revision="v1")
     meta, (train, val) = prepare.Data("data/corpus").meta, written()
     tokens = meta["train_tokens"] + meta["val_tokens"]
-    assert 2800 < tokens <= 3000 and meta["source"] == "a/hub:name, split train"
+    assert 2800 < tokens <= 3000 and meta["source"] == "a/hub@v1:name, split train"
     count, taken = meta["train_documents"] + meta["val_documents"], 200 - len(list(rest))
     assert sorted(train + val) == sorted(texts[:count]) and count < taken <= count + 2
+    monkeypatch.setattr(prepare, "choose_tokenizer", lambda *_: (stand_in, "stand-in: another"))
+    expect_end(many("--dataset", "a/hub:name", "--out_dir=new"), [1], "--tokenizer", "try again")
 
 
 def test_a_document_larger_than_a_batch_is_encoded_as_in_one_piece(many, stand_in, monkeypatch):

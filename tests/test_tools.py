@@ -272,9 +272,10 @@ def test_demo_tells_a_bad_value_and_clears_the_old_text(exported, name, prompt, 
 
 def test_a_space_is_a_new_folder_and_tells_nothing_of_this_machine(run_dir):
     done = run_main(space.main, "sp ace", run_dir)
-    assert done.code == 0 and done.out.endswith(" 'sp ace'\n")
-    assert not {"run.json", ".lock", "samples"} & {path.name for path in Path("sp ace").rglob("*")}
-    assert train.checkpoints(f"sp ace/{run_dir.name}") and os.listdir() == ["sp ace"]
+    assert done.code == 0 and done.out.endswith(" 'sp ace'\n") and os.listdir() == ["sp ace"]
+    copied = Path("sp ace", run_dir.name)
+    assert {path.name for path in copied.iterdir() if path.suffix != ".pt"} == {
+        "metrics.jsonl", "tokenizer"} and train.checkpoints(copied)
     assert not any(str(run_dir.parent).encode() in (raw or b"") for raw in snapshot().values())
     damaged = write("bad/step_000001.pt", "damaged")
     refused(run_main(space.main, "new", "bad"), damaged, code=1)

@@ -2,7 +2,7 @@
 
     python -m tools.corpus --input notes/ 'more/*.jsonl.gz' --out_dir data/mine
     python -m tools.corpus --dataset HuggingFaceTB/smollm-corpus:cosmopedia-v2 \\
-        --max_tokens 100_000_000 --out_dir data/cosmopedia
+        --max_tokens 100_000_000 --allow_unrepresentable --out_dir data/cosmopedia
 
 Files: .txt and .md (each a document), .jsonl and .json (many documents, in the field --column; an
 object a line, or a list), all these also as .gz; .parquet and .arrow. Whole documents are held
@@ -16,6 +16,7 @@ import gzip
 import hashlib
 import json
 import os
+import re
 from collections import Counter
 from itertools import chain, islice
 from pathlib import Path
@@ -26,6 +27,7 @@ from tqdm import tqdm
 import prepare
 
 READERS = {".jsonl": "lines", ".json": "lines", ".parquet": "parquet", ".arrow": "arrow"}
+PACKED = "parquet", "arrow"  # read by libraries
 NO_DOCUMENTS = ("dataset_info.json", "dataset_dict.json", "state.json")  # save_to_disk writes them
 BATCH = 2**22  # characters encoded together
 
@@ -52,7 +54,9 @@ def find_files(inputs):
         for file in found:
             if not os.path.isfile(file):  # a pipe or a device could block for ever
                 raise ValueError(f"--input {file}: not a regular file")
-            with open(file, "rb"):  # unreadable? better now than after an hour
+            with open(file, "rb") as opened:  # unreadable? better now than after an hour
+                if READERS.get(suffix(file)) in PACKED and not opened.read(1):
+                    raise ValueError(f"--input {file}: it is empty; delete or download it again")
                 files.setdefault(os.path.realpath(file), file)
     return list(files.values())
 
@@ -67,7 +71,7 @@ def files_below(folder):
                 prepare.log(f"{os.path.join(path, name)}: a link to a folder; give it as --input")
         for name in names:
             is_known = suffix(name) in (".txt", ".md", *READERS) and name not in NO_DOCUMENTS
-            if is_known and not name.startswith("."):
+            if is_known and not re.match(r"\.|cache-.*\.arrow", name):  # (the library's caches)
                 found.append(os.path.join(path, name))
     return sorted(found)
 
@@ -80,14 +84,15 @@ def read_files(files, column):
     """Yields the documents of files."""
     for file in files:
         kind = READERS.get(suffix(file))
-        if kind and not os.path.getsize(file):  # of which the library says nothing that helps
-            raise ValueError(f"--input {file}: it is empty; delete it, or download it again")
+        if kind in PACKED and file.lower().endswith(".gz"):
+            raise ValueError(f"--input {file}: cannot be read packed; gunzip it first")
         if kind == "lines":
             yield from read_records(read_lines(file), file, column)
-        elif kind:
-            if file.lower().endswith(".gz"):
-                raise ValueError(f"--input {file}: cannot be read packed; gunzip it first")
-            stream = open_stream(file, kind, data_files=[glob.escape(file)], split="train")
+        elif kind == "parquet":
+            yield from read_records(read_parquet(file), file, column)
+        elif kind == "arrow":
+            name = glob.escape(os.path.abspath(file))
+            stream = open_stream(file, kind, data_files=[name], split="train")
             yield from read_records(stream, file, column)
         else:
             yield file, read_text(file)  # the library's own reader changes line ends
@@ -112,6 +117,15 @@ def read_lines(file):
                 yield {"text": record} if isinstance(record, str) else dict(record)
 
 
+def read_parquet(file):
+    """Yields the records of a .parquet file. (datasets would read a group of rows at once, which
+    often is the file.)"""
+    datasets_library(file)
+    from pyarrow.parquet import ParquetFile
+    for batch in ParquetFile(file).iter_batches(batch_size=1024):
+        yield from batch.to_pylist()
+
+
 def read_text(file):
     content = Path(file).read_bytes()
     if file.lower().endswith(".gz"):
@@ -120,17 +134,26 @@ def read_text(file):
     return prepare.decode_text(file, content)
 
 
-def open_stream(shown, *args, **options):
-    """Records, one after the other, by the `datasets` library. Raises ValueError."""
+def datasets_library(shown):
     try:
         import datasets
     except ImportError:
         raise ValueError(f"{shown}: the `datasets` library is missing: "
                          "pip install -r tools/requirements.txt") from None
+    return datasets
+
+
+def open_stream(shown, *args, **options):
+    """Records, one after the other, by the `datasets` library. Raises ValueError."""
+    datasets = datasets_library(shown)
     datasets.disable_progress_bars()
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what it logs, it also raises
     with prepare.explaining(shown):  # the network, a wrong name, a broken file
-        return datasets.load_dataset(*args, streaming=True, **options)
+        stream = datasets.load_dataset(*args, streaming=True, **options)
+    if stream.info.builder_name == "text":
+        raise ValueError(f"{shown}: holds text files, of which the library makes each line a "
+                         "document; give them as --input")
+    return stream
 
 
 def read_records(stream, shown, column):
@@ -235,8 +258,8 @@ def parse_args(argv):
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--input", nargs="+", action="extend", type=prepare.typed_path,
                         metavar="PATH", help="files, folders, globs")
-    source.add_argument("--dataset", type=prepare.typed_path, metavar="NAME[:CONFIG]",
-                        help="a name on the hub")
+    source.add_argument("--dataset", type=prepare.typed_path, metavar="NAME",
+                        help="of the hub: USER/NAME[@REVISION][:CONFIG]")
     parser.add_argument("--split", help="of the dataset [train]")
     parser.add_argument("--column", default="text", help="field with the text [text]")
     parser.add_argument("--max_tokens", type=prepare.number(int, 1), metavar="N",
@@ -259,9 +282,11 @@ def open_documents(args):
         return read_files(files, args.column), ", ".join(names)
     split, shown = args.split or "train", args.dataset
     name, _, config = args.dataset.partition(":")
+    name, _, revision = name.partition("@")
     if os.path.isdir(args.dataset):  # a copy on this machine, whose folders are nobody's business
         name, config, shown = args.dataset, None, os.path.basename(os.path.realpath(args.dataset))
-    stream = open_stream(f"--dataset {args.dataset}", name, config or None, split=split)
+    stream = open_stream(f"--dataset {args.dataset}", name, config or None, split=split,
+                         revision=revision or None)
     return read_records(stream, shown, args.column), f"{shown}, split {split}"
 
 
@@ -270,6 +295,9 @@ def prepare_corpus(args):
     with prepare.replacing(args.out_dir) as folder:
         documents, source = open_documents(args)
         tokenizer, facts = prepare.prepare_tokenizer(args, source, folder)
+        if args.dataset and facts["stand_in"]:  # (the hub was there a moment ago)
+            raise ValueError(f"--tokenizer {args.tokenizer}: could not be fetched; try again, or "
+                             "name a folder")
         if facts["eos_token_id"] is None:
             raise ValueError(f"--tokenizer {facts['tokenizer']}: it has no end-of-text token to "
                              "set between documents; give it an eos_token")

@@ -278,7 +278,8 @@ def main(argv=None):
     add("--licence", "--license", metavar="NAME", help="for the card: mit, apache-2.0, cc-by-4.0, "
         "... (not given: the card names none)")
     add("--language", metavar="CODE", help="of the text, for the card: en, de, ...")
-    add("--overwrite", action="store_true", help="replace files in a folder that is not empty")
+    add("--overwrite", action="store_true",
+        help="replace files where the folder is not empty, or USER/NAME is there")
     add("--push_to_hub", metavar="USER/NAME", help="then upload what was written as this model")
     add("--private", action="store_true", help="with --push_to_hub: visible to you alone")
     args = parser.parse_args(argv)
@@ -299,7 +300,7 @@ def main(argv=None):
     if args.push_to_hub:
         with prepare.explaining("the upload failed (logged in? hf auth login)"):
             from huggingface_hub import HfApi
-            HfApi().create_repo(args.push_to_hub, private=args.private, exist_ok=True)
+            HfApi().create_repo(args.push_to_hub, private=args.private, exist_ok=args.overwrite)
             if args.private and not HfApi().model_info(args.push_to_hub).private:
                 raise ValueError(f"{args.push_to_hub} is there already, and public")
             where = HfApi().upload_folder(repo_id=args.push_to_hub, folder_path=args.folder,

@@ -29,8 +29,9 @@ from tools.demo import main
 
 main({argv!r})
 """
-PRIVATE = shutil.ignore_patterns("run.json", ".lock", "samples", "*.superseded", "tensorboard",
-                                 "checkpoint.tmp", "plot.*", "*.pt")
+# What the page reads of a source, besides checkpoints; whatever else lies there stays private.
+PUBLIC = ("config.json", "*.safetensors", "tokenizer*.json", "tokenizer/tokenizer*.json",
+          "metrics.jsonl")
 RUN_ALONE = {"optimizer": {}, "muon": {}, "rng": [], "machine": {}}  # what resumes a run
 
 
@@ -42,7 +43,12 @@ def write_space(folder, sources, models):
                  "tools/demo.py", "tools/plot.py"):
         shutil.copy(root / file, folder / file)
     for name, source in sources.items():
-        shutil.copytree(source, folder / name, ignore=PRIVATE)
+        (folder / name).mkdir()
+        for pattern in PUBLIC:
+            for path in Path(source).glob(pattern):
+                new = folder / name / path.relative_to(source)
+                new.parent.mkdir(exist_ok=True)
+                shutil.copyfile(path, new)
         for path in checkpoints(source):
             state = read_checkpoint(path)
             state["config"] |= dict.fromkeys(PATHS, "")
@@ -76,8 +82,6 @@ def main(argv=None):
     for name in sources.values():
         if not Path(name, "config.json").exists() and not checkpoints(name):
             parser.error(f"{name}: holds no model")
-        if folder.resolve().is_relative_to(Path(name).resolve()):
-            parser.error(f"{folder} is inside {name}, which would be copied into itself")
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".space-", dir=folder.parent) as new:
         write_space(Path(new, "space"), sources, models)
