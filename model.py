@@ -23,9 +23,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
 
-def key(default, help, **facts):
-    """A field of a config; its line of help, and what else is true of it, stand with it."""
-    return field(default=default, metadata={"help": help, **facts})
+def key(default, help, choices=None):
+    """A field of a config: its default, its line of help, the values it may have (None: any)."""
+    return field(default=default, metadata={"help": help, "choices": choices})
 
 
 @dataclass
@@ -39,7 +39,7 @@ class SmolLM2Config:
     max_position_embeddings: int = key(8192, "longest text, in tokens")
     rope_theta: float = key(100_000.0, "base of the rotary wavelengths")
     rms_norm_eps: float = key(1e-5, "added to the mean square")
-    initializer_range: float = key(576**-0.5, "std of the first weights; 1/24: first loss 11.3")
+    initializer_range: float = key(576**-0.5, "std of the initial weights; 1/24: first loss 11.3")
 
     @property
     def head_dim(self):
@@ -64,12 +64,12 @@ class Linear(nn.Module):
             # A single row, as in decoding one text: on a CPU this reads the weights up to twice as
             # fast as F.linear.
             return (x[..., None, :] * self.weight.float()).sum(-1).to(x.dtype)
-        return F.linear(x, self.weight.to(x.dtype))  # (they can differ, see generate)
+        return F.linear(x, self.weight.to(x.dtype))  # (under autocast they differ)
 
 
 def linears(x, *layers):
     """The outputs of several layers on one x (B, T, in_features): for Linears one product."""
-    # Decoding, where a concatenation would copy the weights at each token; adapters, quantized ones
+    # One token: a concatenation would copy all weights for it. No Linear: an adapter, say.
     if x.size(1) == 1 or any(type(layer) is not Linear for layer in layers):
         return [layer(x) for layer in layers]
     # Compiled in bf16, torch.cat is fused with the cast of the weights: it is free.
@@ -107,11 +107,11 @@ def apply_rotary(x, cos, sin):
 def attention(q, k, v):
     """Causal attention (B, H, T, D) of q (B, H, T, D) over k and v (B, H_kv, T, D).
 
-    The next two functions compute the same, faster: a change belongs in all three."""
+    A change belongs in cpu_attention, which it is compiled on a CPU, and cached_attention, too."""
     if q.is_cpu and torch.compiler.is_compiling():
         return cpu_attention(q, k, v)
-    # Several query heads share a key head, without copies of it, in flash attention, which GPUs
-    # that get bf16 have (pick_device). Elsewhere on CUDA enable_gqa would fall to a kernel that
+    # Flash attention, which GPUs that get bf16 have (pick_device), reads a key head that several
+    # query heads share without copying it. Elsewhere on CUDA enable_gqa would fall to a kernel that
     # stores T x T scores; on MPS it aborts the process.
     shared = q.dtype == torch.bfloat16 and not q.is_mps
     if not shared:
@@ -147,7 +147,7 @@ def cached_attention(q, keys, values, position):
     the pages, and no key is read twice."""
     x = q.view(keys.size(1), -1, q.size(-1)).float()  # (B * H_kv, G, D): G heads share a key head
     k, v, heads = keys.float(), values.float(), range(x.size(1))
-    scores = torch.stack([(x[:, g, :, None] * k).sum(2) for g in heads], dim=2) * k.size(2)**-0.5
+    scores = torch.stack([(x[:, g, :, None] * k).sum(2) for g in heads], dim=2) * x.size(2)**-0.5
     positions = torch.arange(k.size(0) * PAGE, device=q.device).view(-1, 1, 1, PAGE)
     scores = torch.where(positions <= position, scores, -1e30)  # (pages, B * H_kv, G, PAGE)
     p = torch.exp(scores - scores.amax((0, 3), keepdim=True))
@@ -216,14 +216,14 @@ def cross_entropy_and_gradient(logits, targets):
     z = logits.float()
     logz = torch.logsumexp(z, dim=-1, keepdim=True)
     onehot = torch.arange(z.size(1), device=z.device) == targets[:, None]
-    counts = targets[:, None] >= 0
-    losses = torch.where(counts, logz - torch.where(onehot, z, 0.0).sum(-1, keepdim=True), 0.0)
-    logits.copy_(torch.where(counts, torch.exp(z - logz) - onehot.float(), 0.0))
+    valid = targets[:, None] >= 0
+    losses = torch.where(valid, logz - torch.where(onehot, z, 0.0).sum(-1, keepdim=True), 0.0)
+    logits.copy_(torch.where(valid, torch.exp(z - logz) - onehot.float(), 0.0))
     return losses.squeeze(1)
 
 
 class LinearCrossEntropy(torch.autograd.Function):
-    """Mean cross-entropy of x @ weight.T against targets, never with all logits in fp32 at once.
+    """Mean cross-entropy of x @ weight.T against targets, in chunks of rows to bound the memory.
 
     The gradient of the logits is softmax - onehot, known as soon as they are: the forward pass
     writes it over them, and two matrix products make both gradients of it.
@@ -237,9 +237,9 @@ class LinearCrossEntropy(torch.autograd.Function):
         for i in range(0, len(x), rows):
             logits = x[i:i + rows] @ w.t()  # (rows, V)
             loss += kernel(logits, targets[i:i + rows]).sum()  # logits now hold their gradients
-            if ctx.needs_input_grad[0]:
+            if ctx.needs_input_grad[0]:  # (in no_grad the weight's is still True)
                 dx[i:i + rows] = logits @ w
-                dw_of_rows = logits.t() @ x[i:i + rows]  # (V, C)
+                dw_of_rows = logits.t() @ x[i:i + rows]  # (V, hidden_size)
                 dw = dw_of_rows.float() if dw is None else dw.add_(dw_of_rows)
         count = (targets >= 0).sum()
         ctx.save_for_backward(dx, dw, count)
@@ -265,7 +265,7 @@ class SmolLM2(nn.Module):
         self.lm_head = self.model.embed_tokens  # tied: one matrix reads and predicts
         self.loss_kernel = cross_entropy_and_gradient
         for p in self.parameters():
-            if p.dim() == 2 and not p.is_meta:  # also what a layer had set (on meta: slow)
+            if p.dim() >= 2 and not p.is_meta:  # also what a layer had set (on meta it is slow)
                 nn.init.normal_(p, std=config.initializer_range)
 
     def forward(self, idx, targets=None):
@@ -280,7 +280,7 @@ class SmolLM2(nn.Module):
                                               targets.flatten(), self.loss_kernel)
 
     def embed(self, idx):
-        """The residual stream's start, (B, T, hidden_size); under autocast in half the bytes."""
+        """The residual stream's start, (B, T, hidden_size); all of it is in autocast's dtype."""
         x = F.embedding(idx, self.model.embed_tokens.weight)
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
@@ -299,9 +299,9 @@ class SmolLM2(nn.Module):
     def compile_for_training(self, tokens):
         """Compiles in place what gains by it; the state dict stays as it is.
 
-        tokens: of a step, if that is one pass, else 0. With few, a GPU would wait for the launches
-        of its kernels, and gets CUDA graphs: with these a second pass would write over the
-        gradients of the first. A compiled embedding would sum its gradient in no fixed order."""
+        tokens: of a step, or 0 if it takes several passes. With few a GPU would wait for launches
+        of kernels: CUDA graphs spare these (in a second pass they would write over the gradients of
+        the first). A compiled embedding would sum its gradient in no fixed order."""
         weight = self.lm_head.weight
         if weight.is_cpu:
             for layer in self.model.layers:  # one is compiled and serves all: seconds, not minutes
@@ -326,11 +326,11 @@ def sample_token(logits, temperature=1.0, top_k=0, top_p=1.0, generator=None):
     top_k: among the k likeliest (0: all). top_p: among the likeliest that together have this
     probability (Holtzman et al. 2020, arXiv:1904.09751)."""
     logits = logits.float()
-    if temperature < 1e-30:  # what fp32 divides by
+    if temperature < 1e-30:  # fp32 would divide by 0
         return logits.argmax(-1)
     V = logits.size(1)
     logits, ids = logits.topk(min(top_k or V, V))  # sorted, the likeliest first
-    probs = torch.softmax((logits - logits.amax(-1, keepdim=True)) / temperature, dim=-1)
+    probs = torch.softmax((logits - logits[:, :1]) / temperature, dim=-1)
     if top_p < 1:
         before = probs.cumsum(-1) - probs
         probs = probs.masked_fill(before > top_p, 0.0)  # keeps the one that crosses the line
@@ -352,8 +352,8 @@ def generate(model, idx, max_new_tokens, compile=False, **sampling):
     cos, sin = rotary_table(size, config, idx.device)
     shape = math.ceil(size / PAGE) + 1, B * config.num_key_value_heads
     caches = [(zeros(*shape, D, PAGE), zeros(*shape, PAGE, D)) for _ in model.model.layers]
-    of_prompt = of_token = DecoderLayer.forward, SmolLM2.next_logits
-    if compile:  # not for a prompt: its length is new each time
+    of_prompt = of_token = type(model.model.layers[0]).forward, type(model).next_logits
+    if compile:  # (unbound, so that one serves all layers; a prompt's length is new each time)
         of_token = [torch.compile(function, options=DECODE_OPTIONS) for function in of_prompt]
 
     def read(idx, positions):
@@ -383,9 +383,9 @@ def generate(model, idx, max_new_tokens, compile=False, **sampling):
         if n == first and idx.is_cuda:  # 1,850 launches outlast the work of a token
             with torch.autocast("cuda", enabled=False):  # on in train.py, not to be captured
                 read = torch.cuda.make_graphed_callables(read, (idx.clone(), positions))
-        # The first step shows that what was compiled fits: it is not checked at each token.
-        fits = torch.compiler.set_stance(skip_guard_eval_unsafe=compile and n > first)
-        with fits, sdpa_kernel(KERNELS):
+        # What fits the first token fits the rest: the guards are not checked again at each.
+        unchecked = torch.compiler.set_stance(skip_guard_eval_unsafe=compile and n > first)
+        with unchecked, sdpa_kernel(KERNELS):
             logits = read(idx, positions)
         new = sample_token(logits, **sampling)
         yield new
@@ -431,7 +431,7 @@ def from_pretrained(source):
     from safetensors.torch import load_file
     folder, state = Path(source), {}
     try:
-        if re.fullmatch(HUB_NAME, str(source)) and not folder.is_dir():
+        if re.fullmatch(HUB_NAME, str(source)) and not folder.parent.exists():
             folder = Path(snapshot_download(source, allow_patterns=["*.json", "*.safetensors"]))
         config = config_from_hf(json.loads((folder / "config.json").read_bytes()))
         for file in sorted(folder.glob("*.safetensors")):

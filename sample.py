@@ -138,10 +138,10 @@ def main(argv=None):
         print(*texts, sep="\n", file=stdout, flush=True)
     except BrokenPipeError:
         return  # the reader, such as `head`, has seen enough
-    except (MemoryError, RuntimeError) as e:
-        if is_out_of_memory(e):
-            raise ValueError("out of memory: lower --num_samples or --max_new_tokens")
-        raise
+    except Exception as e:
+        if not is_out_of_memory(e):
+            raise
+        raise ValueError("out of memory: lower --num_samples or --max_new_tokens")
 
 
 if __name__ == "__main__":

@@ -136,8 +136,8 @@ def get_batch(run):
 # ------------------------------------------------------------------- optimizer, step, held-out loss
 
 # Odd polynomials a x + b x^3 + c x^5, each the best for what the one before leaves, that together
-# bring [0.01, 1] to [0.68, 1.32]. Amsel et al. 2025, "The Polar Express" (arXiv:2505.16932). Each
-# bears 5 % more than that: beyond its interval it explodes, and rounding in bf16 gets there.
+# bring singular values in [0.01, 1] to [0.68, 1.32]. Amsel et al. 2025 (arXiv:2505.16932). Each
+# bears 5 % beyond its interval: further out it explodes, and rounding in bf16 gets there.
 POLYNOMIALS = [(7.726, -20.47, 13.72), (3.516, -2.394, 0.4274), (2.657, -1.821, 0.3744)]
 
 
@@ -150,7 +150,7 @@ def orthogonal(x, dtype):
     rounding grows with each."""
     if x.size(1) > x.size(2):
         return orthogonal(x.mT, dtype).mT
-    x = (x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)).to(dtype)  # fp16 would lose small ones
+    x = (x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)).to(dtype)  # (last: fp16 loses small ones)
     is_long, product = x.size(2) > 1.5 * x.size(1), None
     for a, b, c in POLYNOMIALS:
         gram = x @ x.mT if product is None else factor @ gram @ factor
@@ -171,9 +171,10 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self):
         for group in self.param_groups:
+            # (in an older checkpoint a group has no beta1: it was 0.95)
             params, lr, part = group["params"], group["lr"], 1 - group.get("beta1", 0.95)
             grad = torch.stack([p.grad for p in params])
-            state = self.state[params[0]]  # (0.95: a checkpoint of before has no beta1 in it)
+            state = self.state[params[0]]
             if not state:
                 state["momentum"] = torch.zeros_like(grad)
             momentum = state["momentum"].lerp_(grad, part)
@@ -281,7 +282,7 @@ def train_step(run, batch):
     if not math.isfinite(loss) or not (math.isfinite(norm) or run.scaler.get_scale() > 1):
         raise FloatingPointError(
             f"step {run.step + 1}: loss {loss}, gradient norm {norm}; try a lower --learning_rate")
-    if run.spelling:  # (the norm is that of before)
+    if run.spelling:  # (what it adds is neither in the norm nor clipped)
         share_gradient(run.model.lm_head.weight.grad, *run.spelling)
     for optimizer in run.optimizers.values():
         if math.isfinite(norm):  # (the scaler asks each optimizer for its own part alone)
@@ -293,7 +294,7 @@ def train_step(run, batch):
 
 @torch.no_grad()
 def evaluate(run):
-    """The mean loss, nats a token, of the held-out ids, each once, in fixed windows of T."""
+    """The mean loss, nats a token, of the first eval_tokens held-out ids, in fixed windows of T."""
     run.model.eval()
     config, ids = run.config, run.data.val[:run.config.eval_tokens + 1]
     n, T = len(ids) - 1, config.block_size
@@ -439,7 +440,7 @@ def show(text):
 
 def write_sample(run):
     """Continues the first held-out tokens; writes the text to out_dir/samples and returns it."""
-    # A generator of its own: training draws from the others.
+    # A generator of its own: a dropout, say, draws from the others.
     generator = torch.Generator(run.device).manual_seed(run.config.seed + run.step)
     prompt = on_device(run.data.val[:16], run)[None]  # (1, T)
     run.model.eval()
@@ -702,7 +703,7 @@ def parse_args(argv):
     add("--resume", nargs="?", const=True, type=prepare.typed_path, metavar="PATH",
         help="continue the newest checkpoint of out_dir, or PATH: a folder, a file; auto: if any")
     for f in KEYS.values():
-        choices = (True, False) if f.type is bool else f.metadata.get("choices")
+        choices = (True, False) if f.type is bool else f.metadata["choices"]
         add(f"--{f.name}", type=READERS[f.type], default=argparse.SUPPRESS, choices=choices,
             metavar=f.type.__name__.upper(),
             help=f"{f.metadata['help'].replace('%', '%%')} [{f.default}]")
@@ -908,7 +909,7 @@ def main(argv):
     except (FloatingPointError, OSError) as e:
         saved = checkpoints(out)
         fail(f"{e}. {saved[-1]} is whole: {again} continues from it" if saved else e)
-    except (MemoryError, RuntimeError) as e:
+    except Exception as e:
         if signals:  # Ctrl-C reaches the C++ compiler, too, and torchrun ends other processes
             fail(f"stopped in a step; {again} continues the last save, if any", 128 + signals[0])
         if not is_out_of_memory(e):
@@ -925,6 +926,7 @@ def main(argv):
     if WORLD_SIZE > 1:
         # It would hang, or abort: its end waits for gloo, and gloo for Python (pytorch #190489).
         dist.barrier()
+        lock.release()  # (where there is no flock, it is a file)
         os._exit(code)
     raise SystemExit(code)
 

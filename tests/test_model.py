@@ -268,6 +268,15 @@ def test_the_cache_changes_no_token_and_hardly_a_logit(sizes, B, T, n, dtype, to
     assert (logits - expected).abs().max() < tolerance * expected.std()
 
 
+def test_generation_goes_through_a_changed_layer_too():
+    class Loud(M.DecoderLayer):
+        def forward(self, *args):
+            return 1.5 * super().forward(*args)
+    with patch.object(M, "DecoderLayer", Loud):
+        m = lively(small())
+    assert_greedy(m, some_ids(2, 20), list(generate(m, some_ids(2, 20), 150, temperature=0)))
+
+
 @pytest.mark.slow
 def test_compiled_generation_changes_no_token(compiling):
     """One text, two, another model: in turns, as each trusts what was compiled for it."""
