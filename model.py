@@ -381,6 +381,7 @@ def generate(model, idx, max_new_tokens, compile=False, **sampling):
                 for tensor in cache:  # compiled once, for any number of pages
                     torch._dynamo.mark_dynamic(tensor, 0)
         if n == first and idx.is_cuda:  # 1,850 launches outlast the work of a token
+            torch.cuda.set_device(idx.device)  # what is captured are the current one's streams
             with torch.autocast("cuda", enabled=False):  # on in train.py, not to be captured
                 read = torch.cuda.make_graphed_callables(read, (idx.clone(), positions))
         # What fits the first token fits the rest: the guards are not checked again at each.
@@ -503,7 +504,7 @@ def compiler_problem(device):
 def worth_compiling(device, max_new_tokens):
     """True where so many tokens win back the seconds that generate(compile=True) takes first."""
     enough = 100 if device.type == "cpu" else 1000
-    return max_new_tokens >= enough and compiler_problem(device) is None
+    return max_new_tokens >= enough and not compiler_problem(device)
 
 
 def is_out_of_memory(error):

@@ -48,8 +48,8 @@ FILES = {"train": "train.bin", "val": "val.bin", "tokenizer": "tokenizer/tokeniz
 
 class Data:
     """A prepared folder: train and val (uint16 ids, on disk), tokenizer, meta (what meta.json
-    says; train.py wants source, stand_in, vocab_size, val_tokens and val_bytes of it), and
-    fingerprint, which tells data from other data, under any name.
+    says; train.py wants source, stand_in, vocab_size, val_tokens and val_bytes of it),
+    tokens_per_byte of val, and fingerprint, which tells data from other data, under any name.
 
     Raises FileNotFoundError where nothing is prepared, ValueError where something was changed."""
 
@@ -62,6 +62,7 @@ class Data:
             if changed:
                 raise ValueError(f"{max(changed)[0]} does not fit: something was changed")
             self.fingerprint = {name: meta[f"{name}_sha256"][:16] for name in FILES}
+            self.tokens_per_byte = meta["val_tokens"] / meta["val_bytes"]
             self.train = np.memmap(folder / "train.bin", "<u2", "r")
             self.val = np.memmap(folder / "val.bin", "<u2", "r")
             self.tokenizer, _ = open_tokenizer(folder / "tokenizer")
@@ -355,8 +356,8 @@ def command(program):
     def stop(signum, frame):
         fail(program, f"stopped by {signal.Signals(signum).name}", 128 + signum)
     protect_streams()
-    signal.signal(signal.SIGTERM, stop)
-    signal.signal(signal.SIGINT, stop)
+    for signum in signal.SIGTERM, signal.SIGINT:
+        signal.signal(signum, stop)
     try:
         yield
     except (OSError, ValueError, MemoryError) as error:

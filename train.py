@@ -308,8 +308,7 @@ def evaluate(run):
         with run.autocast:
             _, loss = run.model(x.view(B, T), y.view(B, T))
         total += loss.item() * count
-    loss = sum(of_all(total)) / n
-    return loss if math.isfinite(loss) else math.inf  # fp16 can overflow; NaN does not compare
+    return min(math.inf, sum(of_all(total)) / n)  # inf in place of NaN, to which fp16 can overflow
 
 
 # ----------------------------------------------------------------------------------------- the loop
@@ -440,7 +439,7 @@ def show(text):
 
 def write_sample(run):
     """Continues the first held-out tokens; writes the text to out_dir/samples and returns it."""
-    # A generator of its own: a dropout, say, draws from the others.
+    # Its own generator: a dropout may draw from the others. (No top_p: its sums fail on a GPU.)
     generator = torch.Generator(run.device).manual_seed(run.config.seed + run.step)
     prompt = on_device(run.data.val[:16], run)[None]  # (1, T)
     run.model.eval()
@@ -470,9 +469,9 @@ def log_step(run, row, bar):
     with open(run.out / "metrics.jsonl", "a") as file:
         file.write(json.dumps(row) + "\n")
     if "val_loss" in row:
-        loss, meta = row["val_loss"], run.data.meta
-        bits = loss / math.log(2) * meta["val_tokens"] / meta["val_bytes"]
-        note = " (on STAND-IN data)" if meta["stand_in"] else ""
+        loss = row["val_loss"]
+        bits = loss / math.log(2) * run.data.tokens_per_byte
+        note = " (on STAND-IN data)" if run.data.meta["stand_in"] else ""
         show(f"step {run.step}: held-out loss {loss:.4f}, {bits:.4f} bits per byte, perplexity "
              f"{math.exp(min(loss, 99)):.2f}; best {run.best['val_loss']:.4f} at step "
              f"{run.best['step']}{note}")
@@ -657,7 +656,7 @@ def set_up_machine(config):
         dist.init_process_group("nccl" if on_gpu else "gloo", store=store, rank=RANK,
                                 world_size=WORLD_SIZE, device_id=device if on_gpu else None)
     problem = compiler_problem(device) if config.compile else "as asked"
-    machine["compile"] = problem is None
+    machine["compile"] = not problem
     compiled = f"not compiled ({problem})" if problem else "compiled (up to a minute at first)"
     if not (problem or on_gpu):  # (there it is Triton, which comes with torch)
         machine["compiler"] = prepare.first_line(subprocess.getoutput(
@@ -822,7 +821,7 @@ def set_up(source, overrides):
     if state and state["step"] >= config.max_steps:
         show(f"the run is finished: step {state['step']} of {config.max_steps}. Longer: python "
              f"train.py --resume={shlex.quote(config.out_dir)} --max_steps={state['step'] + 1000}")
-        raise SystemExit(0)
+        raise SystemExit
     place = set_up_machine(config)
     run = Run(config, model, open_data(config), *place)
     try:

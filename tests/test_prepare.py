@@ -167,6 +167,7 @@ def test_an_error_page_is_no_data_and_a_stand_in_never_replaces_real_data(run, m
     (lambda d: write(d / "val.bin", (d / "val.bin").read_bytes()[:-1] + b"\xff"), "val_sha256"),
     (lambda d: write(d / "tokenizer/tokenizer.json", "{}"), "tokenizer_sha256"),
     (lambda d: write(d / "meta.json", json.dumps(prepare.Data(d).meta | {"source": 0})), "changed"),
+    (lambda d: prepare.write_meta(d, prepare.Data(d).meta | {"val_bytes": 0}), "zero"),
     (lambda d: prepare.write_meta(d, prepare.Data(d).meta | {"vocab_size": 5}), "vocab_size 5")])
 def test_damage_is_told_in_one_line(prepared, damage, word):
     """Also by someone who knows how meta.json is sealed."""
