@@ -298,11 +298,11 @@ def make_data(folder, start=0):
     return folder
 
 
-def write_data(folder, train_ids, vocab_size=49152):
+def write_data(folder, train_ids, vocab_size=49152, val_ids=range(100)):
     """A prepared folder of given ids."""
     folder = Path(folder)
     make_tokenizer(folder / "tokenizer")
-    for side, ids in (("train", train_ids), ("val", range(100))):
+    for side, ids in (("train", train_ids), ("val", val_ids)):
         write(folder / f"{side}.bin", np.asarray(list(ids), dtype="<u2").tobytes())
     prepare.write_meta(folder, {"source": "test", "vocab_size": vocab_size, "val_bytes": 100,
                                 "val_tokens": 100, "stand_in": None})
@@ -364,15 +364,12 @@ def differences(a, b):
 
 def intact(out):
     """The steps of a folder's checkpoints; raises ValueError where one is not whole."""
-    for path in train.checkpoints(out):
-        train.read_checkpoint(path, mmap=True)
-    return [train.step_of(path) for path in train.checkpoints(out)]
+    return [train.read_checkpoint(path, mmap=True)["step"] for path in train.checkpoints(out)]
 
 
 def content(out):
     """A run's last checkpoint, its metrics and the names of its files, but for time and out_dir."""
-    path, lines = train.checkpoints(out)[-1], metrics(out)
-    state = train.read_checkpoint(path, mmap=True)
+    (path, state), lines = train.load_checkpoint(out, mmap=True), metrics(out)
     expect(state["model"] and state["optimizer"]["state"] and state["rng"], "it is empty")
     expect([line["step"] for line in lines] == [*range(1, state["step"] + 1)], "a step is missing")
     state |= {"seconds": None, "config": {**state["config"], "out_dir": None}}

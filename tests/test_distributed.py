@@ -85,8 +85,7 @@ def test_killed_and_then_stopped_by_a_signal_to_one_all_end_with_the_same_bits(d
 def test_one_process_three_and_one_again_are_named_and_skip_no_data(data):
     keep = ["--batch_size=3", "--lr_decay_steps=12", "--eval_interval=0"]
     assert train_here(data, "out", *keep, max_steps=4).code == 0
-    text, *_ = run_three(keys_of_run(data, "out", "--max_steps=8", *keep))
-    assert "processes 1 → 3" in text
+    assert "processes 1 → 3" in run_three(keys_of_run(data, "out", "--max_steps=8", *keep))[0]
     done = train_here(data, "out", *keep, max_steps=12, resume="auto")
     assert done.code == 0 and "processes 3 → 1" in done.out
     state = train.read_checkpoint("out/step_000012.pt")

@@ -36,15 +36,15 @@ MISTAKES = {  # (script, exit code): what is typed, and what the line says
         ("--dtype=int8", "dtype, 'int8', float16"), ("--batch_size=0", "batch_size = 0, must hold"),
         ("--device=tpu9", "device, 'tpu9'"), ("--micro_batch_size=3", "micro_batch_size = 3"),
         ("--resume=", "--resume, empty"), ("--resume", "out, python train.py config/smollm2.py"),
-        ("--resume config/tiny.py", "train.py config/tiny.py --resume"),
+        ("--resume config/tiny.py", "train.py config/tiny.py --resume"), ("--beta2=1", "beta2 = 1"),
         ("--hidden_size=34", "hidden_size = 34, num_attention_heads = 4"),
         ("--block_size=300", "block_size = 300, max_position_embeddings = 256"),
         ("--num_key_value_heads=3", "num_key_value_heads = 3"), ("--out_dir=", "out_dir, empty"),
-        ("--num_hidden_layers=0", "num_hidden_layers = 0"), ("--beta2=1", "beta2 = 1"),
+        ("--num_hidden_layers=0", "num_hidden_layers = 0"), ("--out_dir=" + 300 * "x", "long"),
+        ("--out_dir=own", "own, tokenizer"),
         ("--data_dir=nowhere", "nowhere, python prepare.py --input, --out_dir"),
         ("--out_dir=bad", "bad, metrics.jsonl"), ("--out_dir=theirs", "theirs, samples"),
         ("--out_dir=bad --resume=auto", "bad, metrics.jsonl"), ("--sed=1", "did you mean --seed?"),
-        ("--out_dir=theirs --resume=auto", "theirs, samples"), ("--out_dir=" + 300 * "x", "long"),
         # With a line end, a recipe, which is never run. Of the last one Python itself would warn.
         ("max_stepz = 5\n", "max_steps?"), ("seed = 1\nimport os\nos.mkdir('x')\n", "r.py, line 2"),
         ("batch_size = __import__('os').mkdir('x')\n", "r.py, line 1"), ("seed = 4and\n", "r.py")],
@@ -85,7 +85,8 @@ MISTAKES = {  # (script, exit code): what is typed, and what the line says
         --seed=-1 --stop= --dtype=int8 --device=tpu9 --prompt=\udcff --prompt=-""".split()],
     (export, 1): [("nowhere x", "nowhere")], (tensorboard, 1): [("nowhere", "nowhere")],
     (export, 2): [("x", "folder"), ("out x --push_to_hub name", "USER/NAME"),
-                  ("out file --overwrite", "file"), ("out full", "full is not empty")],
+                  ("out file --overwrite", "file"), ("out full", "full is not empty"),
+                  ("x bad --overwrite", "bad holds a run")],
     (plot, 1): [("nowhere", "nowhere"), ("bad", "line 1"), ("list", "line 1"), ("empty", "nothing"),
                 ("binary", "binary"), ("whole", "matplotlib, tools/requirements.txt")],
     (plot, 2): [("", "RUN"), ("x --output plot.jpg", "plot.jpg")],
@@ -115,7 +116,6 @@ def test_a_mistake_is_a_line_and_changes_nothing(script, code, typed, words, sta
         argv = [write("r.py", typed)]
     if script is corpus:
         pytest.importorskip("datasets")
-        write("data/mine", "")
     if script is sample:  # no hub is asked
         monkeypatch.setattr("huggingface_hub.snapshot_download", None)
     for package in ("datasets", "gradio", "matplotlib"):

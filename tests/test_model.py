@@ -54,9 +54,8 @@ def plain_loss(model, x, y):
 def test_it_has_134_515_008_parameters_with_the_names_and_shapes_of_transformers(capsys):
     with torch.device("meta"):
         ours = SmolLM2(SmolLM2Config())
-        theirs = transformers_twin(ours)
+        found, wanted = ours.state_dict(), transformers_twin(ours).state_dict()
         runpy.run_path(M.__file__, run_name="__main__")
-    found, wanted = ours.state_dict(), theirs.state_dict()
     assert {k: v.shape for k, v in found.items()} == {k: v.shape for k, v in wanted.items()}
     assert ours.lm_head.weight is ours.model.embed_tokens.weight
     assert flops_per_token(ours, 256) == 6 * 134_515_008 + 6 * 30 * 9 * 64 * 256  # the scores
@@ -181,12 +180,11 @@ def test_the_attention_of_the_compiled_cpu_path_is_attention(T):
     torch.testing.assert_close(*grads, rtol=1e-5, atol=1e-4)
 
 
-@pytest.mark.parametrize("device, dtype, shared", [
-    ("mps", torch.float32, False), ("cuda", torch.float32, False), ("cuda", torch.float16, False),
-    ("cuda", torch.bfloat16, True), ("cpu", torch.bfloat16, True), ("cpu", torch.float32, False)])
-def test_keys_are_repeated_where_no_kernel_shares_them(device, dtype, shared, monkeypatch):
-    """The tensors are the CPU's, and say that they are elsewhere."""
-    elsewhere = type("Elsewhere", (torch.Tensor,), {"device": torch.device(device)})
+@pytest.mark.parametrize("is_mps, dtype, shared", [(False, torch.float32, False),
+    (False, torch.float16, False), (False, torch.bfloat16, True), (True, torch.bfloat16, False)])
+def test_keys_are_repeated_where_no_kernel_shares_them(is_mps, dtype, shared, monkeypatch):
+    """The tensors are the CPU's, and may say that they are a Mac's."""
+    elsewhere = type("Elsewhere", (torch.Tensor,), {"is_mps": is_mps})
     qkv = [torch.randn(2, heads, 9, 8).to(dtype) for heads in (6, 2, 2)]
     expected, fused = M.attention(*qkv), Mock(wraps=F.scaled_dot_product_attention)
     monkeypatch.setattr(F, "scaled_dot_product_attention", fused)
@@ -263,8 +261,7 @@ def test_the_cache_changes_no_token_and_hardly_a_logit(sizes, B, T, n, dtype, to
     if dtype == torch.float32:
         assert_greedy(m, prompt, tokens)
     with torch.no_grad():
-        text = torch.cat((prompt, torch.stack(tokens, dim=1)), dim=1)
-        expected = m.float()(text)[0][:, T - 1:-1]
+        expected = m.float()(torch.cat((prompt, torch.stack(tokens, 1)), 1))[0][:, T - 1:-1]
     assert (logits - expected).abs().max() < tolerance * expected.std()
 
 
@@ -326,7 +323,6 @@ def test_weights_come_from_transformers_to_the_bit_and_never_from_a_pickle(tmp_p
     transformers_twin(ours).bfloat16().save_pretrained(tmp_path)
     half = M.from_pretrained(str(tmp_path))
     assert {p.dtype for p in half.parameters()} == {torch.float32}
-    assert all(m.lm_head.weight is m.model.embed_tokens.weight for m in (back, half))
     torch.save(ours.state_dict(), tmp_path / "pytorch_model.bin")
     (tmp_path / "model.safetensors").unlink()
     with pytest.raises(ValueError, match="Missing key"):

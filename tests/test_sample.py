@@ -4,7 +4,6 @@ import shutil
 import subprocess
 import sys
 from functools import partial
-from pathlib import Path
 
 import pytest
 import torch
@@ -29,8 +28,7 @@ def test_standard_output_is_the_prompt_and_the_text_and_nothing_else(run_dir, to
     """The text is that of the same tokens drawn by hand from the checkpoint's weights."""
     keys = ["--max_new_tokens=30", "--seed=5", "--dtype=float32"]
     state = train.read_checkpoint(run_dir / "step_000012.pt")
-    model = M.SmolLM2(train.TrainConfig(**state["config"]))
-    model.load_state_dict(state["model"])
+    model = M.model_of(train.TrainConfig(**state["config"]), state["model"])
     ids = tokenizer.encode(PROMPT)
     tokens = M.generate(model, torch.tensor([ids]), 30, temperature=0.8, top_k=50,
                         generator=torch.Generator().manual_seed(5))
@@ -75,8 +73,7 @@ def test_it_ends_at_endoftext(num_samples, out, run_dir, tokenizer, monkeypatch)
 
 def stream(tokenizer, prompt, ids, stops=()):
     """The pieces in which the text of ids comes after prompt."""
-    before = tokenizer.encode(prompt)
-    return list(sample.stream(ids, tokenizer.backend_tokenizer, None, before, stops))
+    return [*sample.stream(ids, tokenizer.backend_tokenizer, None, tokenizer.encode(prompt), stops)]
 
 
 @pytest.mark.parametrize("text", ["naïve café", "🙂🙃 👩‍👩‍👧‍👦", "日本語。", "𝔘𝔫𝔦 ≈√", "plain\n\n  text "])
@@ -115,8 +112,6 @@ def test_the_newest_checkpoint_of_out_is_the_default_and_best_the_best(run_dir):
         assert f"{file}: step {train.step_of(file)}" in result.err
         assert ("--checkpoint out/best" in result.err) == (file == newest)  # a hint
     older.write_text("not a checkpoint")
-    result = run_sample(checkpoint=older)
-    expect_end(result, [1], older)
-    assert f"{older} is damaged" in result.err
+    assert f"{older} is damaged" in run_sample(checkpoint=older).err
     older.unlink()
     refused(run_sample(checkpoint="best"), older, code=1)

@@ -112,14 +112,13 @@ def test_the_card_tells_the_run_and_no_folder(run_dir, exported, data_dir):
     import yaml
     _, front, rest = (exported / "README.md").read_text(encoding="utf-8").split("---\n", 2)
     front, meta = yaml.safe_load(front), json.loads((data_dir / "meta.json").read_text())
-    loss = metrics(run_dir)[-1]["val_loss"]
+    loss, tokens = (metrics(run_dir)[-1][name] for name in ("val_loss", "tokens"))
     assert (front["license"], front["language"]) == ("mit", "en")
     figures = {m["type"]: m["value"] for m in front["model-index"][0]["results"][0]["metrics"]}
     assert figures["perplexity"] == pytest.approx(2.718281828**loss, rel=1e-4)
     bits = loss / 0.693147 * meta["val_tokens"] / meta["val_bytes"]
     assert figures["bits_per_byte"] == pytest.approx(bits, rel=1e-4)
     git = json.loads((run_dir / "run.json").read_text())["git"]
-    tokens = sample.load(str(run_dir))[2]["tokens"]
     for told in ("learning_rate = 0.01", "max_steps = 12", "1,591,456 parameters", f"{loss:.4f}",
                  git[:12], f"{meta['train_tokens']:,}", f"{tokens:,}", "--checkpoint bard"):
         assert told in rest, told
@@ -155,8 +154,7 @@ def test_an_export_leaves_other_files_alone(run_dir):
 
 
 def test_push_to_hub_uploads_the_folder(run_dir, monkeypatch):
-    hub = Mock()
-    hub.upload_folder.return_value = "https://example.org/me/bard"
+    hub = Mock(**{"upload_folder.return_value": "https://example.org/me/bard"})
     monkeypatch.setattr("huggingface_hub.HfApi", lambda: hub)
     argv = [run_dir, "exported", "--overwrite", "--push_to_hub=me/bard", "--private"]
     write("exported/mine", "not for the hub")
@@ -293,7 +291,7 @@ def test_a_space_starts_from_its_folder_and_programs_call_generate(run_dir, tmp_
     assert [line.partition("==")[0] for line in needed] == ["torch", "transformers", "numpy"]
     port = free_port()
     with Process(["app.py"], folder, GRADIO_SERVER_PORT=port, PYTHONPATH="") as process:
-        process.until(lambda: "open http" in process.text)
+        process.until(lambda: "open http://127.0.0.1:" in process.text)
         client = Client(f"http://127.0.0.1:{port}", verbose=False)
         asked = {"prompt": "To be", "temperature": 0}
         text = client.predict(checkpoint=file, length=20, api_name="/generate", **asked)
@@ -314,7 +312,7 @@ def test_demo_in_a_browser(run_dir):
     demo_url = f"http://127.0.0.1:{port}"
     command = ["-m", "tools.demo", "--port", port, "--checkpoint", run_dir]
     with Process(command) as process, playwright.sync_playwright() as p:
-        process.until(lambda: "open http" in process.text)
+        process.until(lambda: "open http://127.0.0.1:" in process.text)
         page = p.chromium.launch(executable_path=CHROMIUM, args=flags).new_page()
         page.set_default_timeout(60_000)
         asked = []

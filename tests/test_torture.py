@@ -27,8 +27,7 @@ from transformers import PreTrainedTokenizerFast
 import prepare
 import sample
 import train
-from model import compiler_problem
-from tests.harness import (ROOT, RUN, Process, Result, descendants, expect, expect_end, flaw,
+from tests.harness import (PROSE, ROOT, RUN, Process, Result, descendants, expect, expect_end, flaw,
                            intact, last_step, lost_bits, make_data, proc, resume_here, run_main,
                            snapshot, train_here, training)
 from tools import export
@@ -96,16 +95,14 @@ def stops(row, folder, n, cases, lives=1):
     keys = [f"--max_steps={30 + 20 * lives}", "--learning_rate=1", "--min_lr=1"]
     if cases == COMPILING:
         keys = ["--max_steps=10", "--compile=true"]
-        if problem := compiler_problem(torch.device("cpu")):
-            expect(not shutil.which("g++"), problem)
+        if train.compiler_problem(torch.device("cpu")):
             raise SkipTest("no compiler works here")
     (data, wanted), hits = prepared(folder, *keys), Counter()
     for i in range(n):
         (signums, instant), out = cases[i % len(cases)], folder / f"out{i // lives}"
         is_there, seconds = INSTANTS[instant]
         due = last_step(out) + rng.randrange(6, 16) if instant in LATER else 0
-        fresh = {"TORCHINDUCTOR_CACHE_DIR": str(folder / f"cache{i}")}
-        with training(data, *keys, out=out, **fresh) as p:
+        with training(data, *keys, out=out, TORCHINDUCTOR_CACHE_DIR=folder / f"cache{i}") as p:
             p.until(lambda: last_step(out) >= due and is_there(p, out))
             time.sleep(rng.random() * seconds)
             was_alive = p.poll() is None
@@ -123,8 +120,8 @@ def stops(row, folder, n, cases, lives=1):
         elif signums[1:] == [INT]:  # a Ctrl-C after another signal leaves at once
             is_right = is_asked and saved
         else:
-            is_saved = at <= saved[-1] <= at + 2 and f"step_{saved[-1]:06d}.pt" in text
-            is_right = is_asked and is_saved
+            told = f"step_{saved[-1]:06d}.pt is written", f"python train.py --resume={out}\n"
+            is_right = is_asked and at <= saved[-1] <= at + 2 and all(t in text for t in told)
         is_silent = instant == "the start" or "Traceback" not in text and "Error" not in text
         row.fault(not (is_right and is_silent and was_alive), signums, instant, at, code, text)
     for out in folder.glob("out*"):
@@ -156,8 +153,7 @@ def disks(row, folder, cases):
                     p.until(lambda: last_step(out) >= 13)  # the next save is far
                     p.signal(signal.SIGSTOP)
                     with open(filler, "wb") as f:
-                        size = shutil.disk_usage(disk).free - left // 4096 * 4096
-                        os.posix_fallocate(f.fileno(), 0, size)
+                        os.posix_fallocate(f.fileno(), 0, shutil.disk_usage(disk).free - left)
                     p.signal(signal.SIGCONT)
                 done = p.end()
             subprocess.run(["mount", disk, "-o", "remount,rw"], check=True)
@@ -195,7 +191,6 @@ def damaged_checkpoints(row, folder, n):
         is_named = str(newest) in done.err and str(before) in done.out
         row.fault(flaw(done) or not is_named, done)
         row.lost += lost_bits(wanted, out)
-    expect(train.load_checkpoint(out)[0] == newest, "a good one is not taken")
     for path in train.checkpoints(out):
         raw = path.read_bytes()
         path.write_bytes(raw[:-1] + bytes([raw[-1] ^ 4]))
@@ -324,7 +319,6 @@ SAMPLE = {"temperature": 0.8, "top_k": 9, "top_p": 0.9, "seed": 3,
           "stop": "x", "device": "cpu", "dtype": "float32", "num_samples": 2}
 PREPARE = {"val_fraction": 0.2, "out_dir": "elsewhere", "tokenizer": "bytes"}
 RECIPE = "\n".join(f"{name} = {value!r}" for name, value in KEYS.items()).encode()
-PROSE = b"Who's there? Nay, answer me: stand, and unfold yourself.\n" * 3
 
 
 def bent(good, new):
@@ -346,7 +340,7 @@ def fuzz(row, folder, n, real=False):
     small = [f"--data_dir={data}", "--max_steps=2", "--eval_tokens=64", "--compile=false"]
     for number in range(n):
         kind = ["recipe", "text", "prompt", "checkpoint", "too large"][number % (4 + real)]
-        raw, is_bent = RECIPE if kind == "recipe" else PROSE, rng.random() < 0.5
+        raw, is_bent = RECIPE if kind == "recipe" else PROSE[:171].encode(), rng.random() < 0.5
         if is_bent:
             raw = bent(raw, lambda: rng.choice(BYTES))
         file.write_bytes(raw)
