@@ -197,7 +197,8 @@ def main(argv=None):
         with prepare.explaining(f"--host {args.host} is no address of this machine"):
             socket.create_server((args.host, 0)).close()
     blocks = page(args.checkpoint)
-    look = {"css": CSS, "head": CTRL_ENTER, "footer_links": ["api"], "show_error": True}
+    look = {"css": CSS, "head": CTRL_ENTER, "footer_links": ["api"], "show_error": True,
+            "max_file_size": 1}  # (gradio takes uploads even where no page asks for one)
     try:
         _, url, _ = blocks.launch(server_name=args.host, server_port=args.port, share=False,
                                   ssr_mode=False, quiet=True, prevent_thread_lock=True, **look)

@@ -17,6 +17,7 @@ import numpy as np
 import prepare
 
 AXES = {"step": "step", "tokens": "tokens", "time": "seconds"}  # --x, and its key in a row
+NEEDED = *AXES.values(), "loss", "val_loss"  # numbers of each row, the last where it is there
 PANELS = {"loss": "Loss, nats per token", "lr": "Learning rate", "grad_norm": "Gradient norm",
           "tokens_per_sec": "Tokens per second"}
 STYLE = {"font.size": 10, "axes.spines.top": False, "axes.spines.right": False,
@@ -47,7 +48,8 @@ def read_metrics(run):
             if number == len(lines):  # of a run that goes on, it may be half written
                 break
             raise ValueError(f"{path}, line {number}: is not JSON") from None
-        if not isinstance(row, dict) or not {"step", "loss", "tokens", "seconds"} <= row.keys():
+        if not isinstance(row, dict) or not all(
+                isinstance({"val_loss": 0, **row}.get(name), (int, float)) for name in NEEDED):
             raise ValueError(f"{path}, line {number}: is not from train.py")
         rows.append(row)
     if not rows:
