@@ -284,7 +284,8 @@ def open_documents(args):
     name, _, config = args.dataset.partition(":")
     name, _, revision = name.partition("@")
     if os.path.isdir(args.dataset):  # a copy on this machine, whose folders are nobody's business
-        name, config, shown = args.dataset, None, os.path.basename(os.path.realpath(args.dataset))
+        name, config, revision = args.dataset, None, None
+        shown = os.path.basename(os.path.realpath(args.dataset))
     stream = open_stream(f"--dataset {args.dataset}", name, config or None, split=split,
                          revision=revision or None)
     return read_records(stream, shown, args.column), f"{shown}, split {split}"

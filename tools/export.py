@@ -298,7 +298,8 @@ def main(argv=None):
         raise ValueError(f"cannot write {args.folder}: {e.strerror or e}") from None
     print(f"{args.folder} is written", file=sys.stderr)
     if args.push_to_hub:
-        with prepare.explaining("the upload failed (logged in? hf auth login)"):
+        with prepare.explaining("the upload failed (not logged in: hf auth login; "
+                                f"{args.push_to_hub} is there: --overwrite)"):
             from huggingface_hub import HfApi
             HfApi().create_repo(args.push_to_hub, private=args.private, exist_ok=args.overwrite)
             if args.private and not HfApi().model_info(args.push_to_hub).private:
