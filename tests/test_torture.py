@@ -95,7 +95,8 @@ def stops(row, folder, n, cases, lives=1):
     keys = [f"--max_steps={30 + 20 * lives}", "--learning_rate=1", "--min_lr=1"]
     if cases == COMPILING:
         keys = ["--max_steps=10", "--compile=true"]
-        if train.compiler_problem(torch.device("cpu")):
+        if problem := train.compiler_problem(torch.device("cpu")):
+            expect(not shutil.which("g++"), problem)
             raise SkipTest("no compiler works here")
     (data, wanted), hits = prepared(folder, *keys), Counter()
     for i in range(n):
@@ -191,6 +192,7 @@ def damaged_checkpoints(row, folder, n):
         is_named = str(newest) in done.err and str(before) in done.out
         row.fault(flaw(done) or not is_named, done)
         row.lost += lost_bits(wanted, out)
+    expect(train.load_checkpoint(out)[0] == newest, "a good one is not taken")
     for path in train.checkpoints(out):
         raw = path.read_bytes()
         path.write_bytes(raw[:-1] + bytes([raw[-1] ^ 4]))
